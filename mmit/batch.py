@@ -1,0 +1,111 @@
+"""The contract between data and model: one encoded sample, and the batch that a forward pass takes.
+
+``data`` makes these, ``models`` consumes them, and neither imports the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""Label of a position that is not trained; the same number as in torch's cross-entropy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """One sample, ready to be packed.
+
+    input_ids: (T,) int64; every image token holds the image token id.
+    labels: (T,) int64, **already shifted**: ``labels[t]`` is what position t has to predict, or IGNORE; the last is IGNORE.
+    pixels: (N, 3, H, W) uint8 tiles in the order of their placeholders; N may be 0.
+    """
+
+    id: str
+    input_ids: Tensor
+    labels: Tensor
+    pixels: Tensor
+
+    @property
+    def length(self) -> int:
+        """Tokens of the sample, image tokens included."""
+        return self.input_ids.shape[0]
+
+    @property
+    def trained_tokens(self) -> int:
+        """Number of positions with a label."""
+        return int((self.labels != IGNORE).sum())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What one forward pass takes: B rows of T tokens, each row a concatenation of whole samples.
+
+    input_ids, labels: (B, T) int64, labels already shifted (see Encoded).
+    position_ids: (B, T) int64, restarting at 0 with every sample; padding at the end of a row is a sample of its own.
+    pixels: (N, 3, H, W) uint8, all tiles of all rows in reading order; N may be 0.
+    trained_tokens: number of labels that are not IGNORE, kept as an int so that no device has to be asked.
+    sample_ids: ids of the samples inside, for error messages and the record of what was seen.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    labels: Tensor
+    pixels: Tensor
+    trained_tokens: int
+    sample_ids: tuple[str, ...]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on ``device``."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            position_ids=self.position_ids.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            pixels=self.pixels.to(device, non_blocking=True),
+        )
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory (called by torch's DataLoader)."""
+        return replace(
+            self,
+            input_ids=self.input_ids.pin_memory(),
+            position_ids=self.position_ids.pin_memory(),
+            labels=self.labels.pin_memory(),
+            pixels=self.pixels.pin_memory(),
+        )
+
+
+def collate(rows: list[list[Encoded]], *, pad_id: int, image_size: tuple[int, int]) -> Batch:
+    """Concatenate the samples of each row, pad rows to the longest, stack the tiles.
+
+    rows: B lists of samples; an empty list gives a row of padding only.
+    image_size: (H, W), used for the shape of an empty ``pixels``.
+    """
+    width = max((sum(sample.length for sample in row) for row in rows), default=0)
+    width = max(width, 1)
+    input_ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
+    labels = torch.full((len(rows), width), IGNORE, dtype=torch.int64)
+    position_ids = torch.zeros((len(rows), width), dtype=torch.int64)
+    pixels: list[Tensor] = []
+    for r, row in enumerate(rows):
+        start = 0
+        for sample in row:
+            end = start + sample.length
+            input_ids[r, start:end] = sample.input_ids
+            labels[r, start:end] = sample.labels
+            position_ids[r, start:end] = torch.arange(sample.length)
+            if sample.pixels.shape[0]:
+                pixels.append(sample.pixels)
+            start = end
+        position_ids[r, start:] = torch.arange(width - start)
+    return Batch(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        labels=labels,
+        pixels=torch.cat(pixels) if pixels else torch.zeros((0, 3, *image_size), dtype=torch.uint8),
+        trained_tokens=int((labels != IGNORE).sum()),
+        sample_ids=tuple(sample.id for row in rows for sample in row),
+    )

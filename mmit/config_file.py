@@ -1,0 +1,172 @@
+"""From a YAML file and overrides to a RunConfig, with every mistake named at once."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+from pathlib import Path
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, Tag, ValidationError
+from pydantic_core import ErrorDetails
+
+from mmit.config import RunConfig
+from mmit.errors import ConfigError
+
+
+def read(path: Path, overrides: list[str]) -> RunConfig:
+    """The checked content of ``path``. Raises ConfigError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; a run file is a YAML such as those in configs/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as text: {error}") from None
+    return parse(text, source=str(path), overrides=overrides)
+
+
+def parse(text: str, *, source: str, overrides: list[str]) -> RunConfig:
+    """The checked content of a YAML text; ``source`` names it in messages. Raises ConfigError."""
+    try:
+        content = yaml.load(text, Loader=_UniqueKeys)  # noqa: S506  (a SafeLoader that refuses repeated keys)
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        place = f" line {where.line + 1} column {where.column + 1}" if where else ""
+        raise ConfigError(f"{source}:{place} is not YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{source}: a run file holds keys such as name, model and stages, not a bare {type(content).__name__}")
+    for override in overrides:
+        _apply(content, override)
+    try:
+        return RunConfig.model_validate(content)
+    except ValidationError as error:
+        lines = [_sentence(details) for details in error.errors()]
+        many = f"{len(lines)} mistakes" if len(lines) > 1 else "one mistake"
+        raise ConfigError(f"{source}: {many}\n" + "\n".join(f"  {line}" for line in lines)) from None
+
+
+def resolved_yaml(config: RunConfig) -> str:
+    """The whole config with every default written out, as YAML that can be run again."""
+    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False, width=110)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a run file, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **RunConfig.model_json_schema()}
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, where YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key '{key}' is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 reads 2e-5 and 1e5 as strings; people who write them mean numbers.
+_UniqueKeys.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+0123456789.")
+)
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override '{override}' is not of the form a.b=value")
+    here: Any = content
+    *parents, last = key.split(".")
+    for depth, name in enumerate(parents):
+        here = _step_into(here, name, ".".join(parents[: depth + 1]))
+    try:
+        parsed = yaml.load(value, Loader=_UniqueKeys)  # noqa: S506
+    except yaml.YAMLError:
+        raise ConfigError(f"override '{override}': the value is not YAML") from None
+    if isinstance(here, list):
+        here[_position(here, last, key)] = parsed
+    else:
+        here[last] = parsed
+
+
+def _step_into(here: Any, name: str, path: str) -> Any:  # noqa: ANN401  (a YAML tree)
+    below = here[_position(here, name, path)] if isinstance(here, list) else here.setdefault(name, {})
+    if not isinstance(below, dict | list):
+        raise ConfigError(f"override: '{path}' holds the value {below!r} and has no keys below it")
+    return below
+
+
+def _position(here: list[Any], name: str, path: str) -> int:
+    if not name.isdigit() or int(name) >= len(here):
+        raise ConfigError(f"override: '{path}' needs a number below {len(here)}, the entries of that list")
+    return int(name)
+
+
+def _sentence(details: ErrorDetails) -> str:
+    path = ".".join(str(part) for part in _without_tags(details["loc"]))
+    message = details["msg"].removeprefix("Value error, ")
+    given = details.get("input")
+    match details["type"]:
+        case "extra_forbidden":
+            key = str(details["loc"][-1])
+            near = difflib.get_close_matches(key, sorted(_keys_at(details["loc"][:-1])), n=1, cutoff=0.5)
+            return f"{path}: unknown key" + (f" - did you mean '{near[0]}'?" if near else "")
+        case "missing":
+            return f"{path}: missing"
+        case "unknown_type" | "value_error":
+            return f"{path}: {message}" if path else message
+        case _:
+            shown = f" (given: {given!r})" if not isinstance(given, dict | list) else ""
+            return f"{path}: {message[:1].lower()}{message[1:]}{shown}"
+
+
+def _without_tags(location: tuple[int | str, ...]) -> list[int | str]:
+    """The path as the user wrote it: without the names that pydantic gives to the branches of a union."""
+    path, annotation = [], RunConfig
+    for part in location:
+        branches = _branches(annotation)
+        if part in branches:
+            annotation = branches[part]
+            continue
+        path.append(part)
+        annotation = _below(annotation, part)
+    return path
+
+
+def _keys_at(location: tuple[int | str, ...]) -> set[str]:
+    annotation: Any = RunConfig
+    for part in location:
+        branches = _branches(annotation)
+        annotation = branches[part] if part in branches else _below(annotation, part)
+    return set(annotation.model_fields) if isinstance(annotation, type) and issubclass(annotation, BaseModel) else set()
+
+
+def _branches(annotation: Any) -> dict[int | str, Any]:  # noqa: ANN401  (a type expression)
+    """Tag -> model of a tagged union, else nothing."""
+    if get_origin(annotation) is Annotated:
+        return _branches(get_args(annotation)[0])
+    if get_origin(annotation) not in (Union, types.UnionType):
+        return {}
+    return {
+        item.tag: get_args(member)[0]
+        for member in get_args(annotation)
+        if get_origin(member) is Annotated
+        for item in get_args(member)[1:]
+        if isinstance(item, Tag)
+    }
+
+
+def _below(annotation: Any, part: int | str) -> Any:  # noqa: ANN401  (a type expression)
+    if get_origin(annotation) is Annotated:
+        return _below(get_args(annotation)[0], part)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel) and isinstance(part, str):
+        field = annotation.model_fields.get(part)
+        return field.annotation if field else None
+    if get_origin(annotation) in (dict, list):
+        return get_args(annotation)[-1]
+    return None

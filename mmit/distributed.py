@@ -1,0 +1,78 @@
+"""Who am I among the ranks: the launcher's environment, a few collectives, logging on rank 0.
+
+Needs no initialised process group: alone, rank is 0, world is 1, and a collective gives its input back.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING
+
+from mmit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+logger = logging.getLogger("mmit")
+
+
+def _from_launcher(name: str, default: int) -> int:
+    value = os.environ.get(name)
+    if value is None:
+        return default
+    if not value.isdigit():
+        raise ConfigError(f"the environment variable {name}={value!r} is not a number; launch with `mmit train` or `deepspeed`")
+    return int(value)
+
+
+def rank() -> int:
+    """Number of this process among all, 0-based."""
+    return _from_launcher("RANK", 0)
+
+
+def local_rank() -> int:
+    """Number of this process on its host, 0-based."""
+    return _from_launcher("LOCAL_RANK", 0)
+
+
+def world_size() -> int:
+    """Number of processes of the run."""
+    return _from_launcher("WORLD_SIZE", 1)
+
+
+def is_launched() -> bool:
+    """True where a launcher (``mmit train``, ``deepspeed``, ``torchrun``) started this process as a rank."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """The sum of ``values`` over all ranks, in place where there are several."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+class _RankZero(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return rank() == 0 or record.levelno >= logging.ERROR
+
+
+def set_up_logging(level: int = logging.INFO) -> None:
+    """Send mmit's log to standard error: rank 0 all of it, the other ranks errors only."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.addFilter(_RankZero())
+    logger.handlers = [handler]
+    logger.setLevel(level)
+    logger.propagate = False
