@@ -48,6 +48,7 @@ class Batch:
     pixels: (N, 3, H, W) uint8, all tiles of all rows in reading order; N may be 0.
     trained_tokens: number of labels that are not IGNORE, kept as an int so that no device has to be asked.
     sample_ids: ids of the samples inside, for error messages and the record of what was seen.
+    tokens: tokens of the samples, without padding.
     """
 
     input_ids: Tensor
@@ -56,6 +57,7 @@ class Batch:
     pixels: Tensor
     trained_tokens: int
     sample_ids: tuple[str, ...]
+    tokens: int
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on ``device``."""
@@ -108,4 +110,5 @@ def collate(rows: list[list[Encoded]], *, pad_id: int, image_size: tuple[int, in
         pixels=torch.cat(pixels) if pixels else torch.zeros((0, 3, *image_size), dtype=torch.uint8),
         trained_tokens=int((labels != IGNORE).sum()),
         sample_ids=tuple(sample.id for row in rows for sample in row),
+        tokens=sum(sample.length for row in rows for sample in row),
     )

@@ -160,7 +160,9 @@ class WholeModel(Section):
 
 Model = Annotated[
     Annotated[ComposedModel, Tag("parts")] | Annotated[WholeModel, Tag("whole")],
-    Discriminator(lambda v: "whole" if ("path" in v if isinstance(v, dict) else isinstance(v, WholeModel)) else "parts"),
+    Discriminator(
+        lambda v: "whole" if ("path" in v if isinstance(v, dict) else isinstance(v, WholeModel)) else "parts"
+    ),
 ]
 
 
@@ -358,7 +360,9 @@ class RunConfig(Section):
     def _stage_names(cls, stages: dict[str, Stage]) -> dict[str, Stage]:
         for name in stages:
             if not NAME.fullmatch(name) or name == "parts":
-                raise ValueError(f"'{name}' cannot name a stage: letters, digits, '.', '_' and '-', and not 'parts'")
+                raise ValueError(
+                    f"'{name}' cannot name a stage: letters, digits, '.', '_' and '-', and not 'parts'"
+                )
         return stages
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
+import yaml.constructor
 from pydantic import BaseModel, Tag, ValidationError
 from pydantic_core import ErrorDetails
 
@@ -34,9 +35,13 @@ def parse(text: str, *, source: str, overrides: list[str]) -> RunConfig:
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         place = f" line {where.line + 1} column {where.column + 1}" if where else ""
-        raise ConfigError(f"{source}:{place} is not YAML: {getattr(error, 'problem', None) or error}") from None
+        raise ConfigError(
+            f"{source}:{place} is not YAML: {getattr(error, 'problem', None) or error}"
+        ) from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{source}: a run file holds keys such as name, model and stages, not a bare {type(content).__name__}")
+        raise ConfigError(
+            f"{source}: a run file holds keys such as name, model and stages, not a bare {type(content).__name__}"
+        )
     for override in overrides:
         _apply(content, override)
     try:
@@ -65,7 +70,9 @@ class _UniqueKeys(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key '{key}' is given twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key}' is given twice", key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -143,7 +150,11 @@ def _keys_at(location: tuple[int | str, ...]) -> set[str]:
     for part in location:
         branches = _branches(annotation)
         annotation = branches[part] if part in branches else _below(annotation, part)
-    return set(annotation.model_fields) if isinstance(annotation, type) and issubclass(annotation, BaseModel) else set()
+    return (
+        set(annotation.model_fields)
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        else set()
+    )
 
 
 def _branches(annotation: Any) -> dict[int | str, Any]:  # noqa: ANN401  (a type expression)

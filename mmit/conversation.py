@@ -64,4 +64,6 @@ class Conversation:
     @property
     def image_refs(self) -> tuple[ImageRef, ...]:
         """All image places in reading order."""
-        return tuple(part for message in self.messages for part in message.content if isinstance(part, ImageRef))
+        return tuple(
+            part for message in self.messages for part in message.content if isinstance(part, ImageRef)
+        )

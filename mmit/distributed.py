@@ -22,7 +22,9 @@ def _from_launcher(name: str, default: int) -> int:
     if value is None:
         return default
     if not value.isdigit():
-        raise ConfigError(f"the environment variable {name}={value!r} is not a number; launch with `mmit train` or `deepspeed`")
+        raise ConfigError(
+            f"the environment variable {name}={value!r} is not a number; launch with `mmit train` or `deepspeed`"
+        )
     return int(value)
 
 
