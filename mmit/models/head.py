@@ -1,0 +1,115 @@
+"""The loss at the labelled positions, without the logits of all others and never with all of theirs at once.
+
+The head is called exactly once per forward, through the module, on every rank: under ZeRO-3 its weight is gathered
+in that call, and ranks that called it different numbers of times would wait for each other for ever.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+CHUNK_ELEMENTS = 2**26
+"""Logits that exist at a time: 256 MiB in fp32."""
+
+
+class _ChunkedNll(torch.autograd.Function):
+    """Sum of -log p over the labels of (S, D) hidden states; gradients are made in the forward pass, chunk by chunk.
+
+    The logits of a chunk are dropped as soon as its gradient is known: what remains is the size of the inputs.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, with_grad: bool
+    ) -> Tensor:
+        wants = [with_grad and needed for needed in ctx.needs_input_grad[:3]]
+        grad_hidden = torch.zeros_like(hidden) if wants[0] else None
+        grad_weight = torch.zeros_like(weight) if wants[1] else None
+        grad_bias = torch.zeros_like(bias) if wants[2] and bias is not None else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        for start in range(0, hidden.shape[0], rows):
+            part, target = hidden[start : start + rows], labels[start : start + rows, None]
+            logits = functional.linear(part, weight, bias).float()  # (C, V)
+            normalizer = logits.logsumexp(dim=1, keepdim=True)
+            total += (normalizer - logits.gather(1, target)).sum()
+            if not any(wants):
+                continue
+            # d(-log p)/d(logits) = softmax - onehot
+            slope = logits.sub_(normalizer).exp_()
+            slope.scatter_add_(1, target, torch.full_like(slope[:, :1], -1.0))
+            slope = slope.to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(slope, weight, out=grad_hidden[start : start + rows])
+            if grad_weight is not None:
+                grad_weight.addmm_(slope.t(), part)
+            if grad_bias is not None:
+                grad_bias += slope.sum(dim=0)
+        ctx.gradients = (grad_hidden, grad_weight, grad_bias)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # ty: ignore[invalid-method-override]
+        scaled = [None if gradient is None else gradient.mul_(grad) for gradient in ctx.gradients]
+        ctx.gradients = ()
+        return (*scaled, None, None)
+
+
+def labelled_nll(head: nn.Linear, hidden: Tensor, labels: Tensor) -> Tensor:
+    """The fp32 sum of -log p of ``labels`` (S,) given the last hidden states (S, D); 0 with gradients 0 for S = 0.
+
+    The head's forward is replaced for the length of one call: its weight may only be used inside it (ZeRO-3).
+    """
+    with_grad = torch.is_grad_enabled()
+
+    def loss_instead_of_logits(states: Tensor) -> Tensor:
+        return _ChunkedNll.apply(states, head.weight, head.bias, labels, with_grad)
+
+    head.__dict__["forward"] = loss_instead_of_logits
+    try:
+        return head(hidden)
+    finally:
+        del head.__dict__["forward"]
+
+
+@torch.no_grad()
+def head_is_plain(language_model: PreTrainedModel) -> bool:
+    """True where the logits are the output layer applied to the last hidden state and nothing else.
+
+    False for soft-capped (Gemma 2) or scaled (Cohere, Granite) logits and for a head of another kind: their loss goes
+    through the model's own forward. Found out by running the model on one random embedding.
+    """
+    head = language_model.get_output_embeddings()
+    if type(head) is not nn.Linear or language_model.base_model is language_model:
+        return False
+    seen: dict[str, Tensor] = {}
+
+    def note_backbone(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        seen["states"] = output.last_hidden_state
+
+    def note_head(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen["input"], seen["output"] = inputs[0], output
+
+    hooks = (
+        language_model.base_model.register_forward_hook(note_backbone),
+        head.register_forward_hook(note_head),
+    )
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.randn((1, 1, head.in_features), generator=generator)
+    try:
+        logits = language_model(
+            inputs_embeds=embeddings.to(head.weight.device, head.weight.dtype), use_cache=False
+        ).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if seen.keys() != {"states", "input", "output"}:
+        return False
+    return torch.equal(seen["states"], seen["input"]) and torch.equal(seen["output"].float(), logits.float())

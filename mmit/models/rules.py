@@ -1,0 +1,67 @@
+"""Which parameters train, and at which learning rate."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from mmit.errors import ConfigError
+
+PARTS = {
+    "connector": "multi_modal_projector.",
+    "language_model": "language_model.",
+    "vision_tower": "vision_tower.",
+}
+"""Part names of a rule, and the beginning of the parameter names they stand for."""
+
+
+@dataclass(frozen=True)
+class TrainGroup:
+    """The parameters that one rule decides: its pattern as written, the learning rate, the parameter names."""
+
+    pattern: str
+    lr: float
+    names: tuple[str, ...]
+
+
+def apply_rules(
+    model: nn.Module, rules: Mapping[str, float], *, unused: Callable[[], set[str]]
+) -> list[TrainGroup]:
+    """Set ``requires_grad`` of every parameter by ``rules`` and return one group per rule that trains something.
+
+    unused: gives the names of tower parameters that no output depends on; they are never trained (an optimizer would
+    only decay them). Asked only when the tower is to be trained. Raises ConfigError for a rule that matches nothing.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    winner: dict[str, str] = {}
+    matched: dict[str, list[str]] = {}
+    for pattern in rules:
+        matched[pattern] = _matches(pattern, names)
+        if not matched[pattern]:
+            parts = ", ".join(PARTS)
+            raise ConfigError(f"train: the rule '{pattern}' matches no parameter (part names are {parts})")
+        winner.update(dict.fromkeys(matched[pattern], pattern))
+    tower = PARTS["vision_tower"]
+    idle = unused() if any(name.startswith(tower) and rules[rule] > 0 for name, rule in winner.items()) else set()
+    for pattern, found in matched.items():
+        if rules[pattern] > 0 and idle.issuperset(found):
+            raise ConfigError(
+                f"train: the rule '{pattern}' matches only parameters behind model.encoder.layer, which nothing depends on"
+            )
+    trained = {name for name, rule in winner.items() if rules[rule] > 0} - idle
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+    groups = [
+        TrainGroup(pattern, lr, tuple(name for name in names if name in trained and winner[name] == pattern))
+        for pattern, lr in rules.items()
+    ]
+    return [group for group in groups if group.names]
+
+
+def _matches(pattern: str, names: list[str]) -> list[str]:
+    if pattern in PARTS:
+        return [name for name in names if name.startswith(PARTS[pattern])]
+    return [name for name in names if re.search(pattern, name)]

@@ -1,0 +1,218 @@
+"""The vision-language model: a vision tower, a connector and a causal language model side by side.
+
+The language model is any ``AutoModelForCausalLM``, used as it is. Every forward pass calls tower, connector, body and
+head exactly once on every rank, whatever the batch holds: collectives of data and parameter partitioning stay in step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import GenerationConfig, PreTrainedModel
+
+from mmit.batch import IGNORE, Batch
+from mmit.errors import ConfigError, DataError
+from mmit.images import ImageSpec, normalize
+from mmit.models import generation
+from mmit.models.attention import (
+    attention_mask_for,
+    check_isolation,
+    choose_attention,
+    sliding_window,
+)
+from mmit.models.head import head_is_plain, labelled_nll
+from mmit.models.rules import TrainGroup, apply_rules
+
+
+class VisionLanguageModel(nn.Module):
+    """Tower, connector and language model as ``vision_tower``, ``multi_modal_projector`` and ``language_model``.
+
+    spec: how pictures become pixels and how many image tokens a tile takes; image_id: the token id that stands where
+    an image token will be put. attention: overrides ``choose_attention``. Raises ConfigError for parts that do not fit.
+    """
+
+    def __init__(
+        self,
+        *,
+        vision_tower: nn.Module,
+        connector: nn.Module,
+        language_model: PreTrainedModel,
+        spec: ImageSpec,
+        image_id: int,
+        attention: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.vision_tower = vision_tower
+        self.multi_modal_projector = connector
+        self.language_model = language_model
+        self.spec = spec
+        self.image_id = image_id
+        self.attention = attention or choose_attention(language_model)
+        self.window = sliding_window(language_model)
+        if language_model.config._attn_implementation != self.attention:
+            language_model.set_attn_implementation(self.attention)
+        if language_model.can_generate():
+            # A model's own generation settings (a penalty, a temperature) would change what "greedy" means here.
+            language_model.generation_config = GenerationConfig()
+        language_model.eval()
+        check_isolation(language_model, implementation=self.attention)
+        self.head_is_plain = head_is_plain(language_model)
+        self.eval()
+
+    def train(self, mode: bool = True) -> VisionLanguageModel:
+        """Switch the mode; the tower stays in eval mode always."""
+        super().train(mode)
+        self.vision_tower.eval()
+        return self
+
+    def images(self, pixels: Tensor) -> Tensor:
+        """Image tokens (N, Q, D) of uint8 tiles (N, 3, H, W); the tower runs without gradients where none of it trains."""
+        weight = next(self.vision_tower.parameters())
+        tower_trains = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and tower_trains):
+            patches = self.vision_tower(normalize(pixels, self.spec).to(weight.dtype))  # (N, P, D_vision)
+        return self.multi_modal_projector(patches)
+
+    def embed(self, input_ids: Tensor, pixels: Tensor) -> Tensor:
+        """Input embeddings (B, T, D) with the image tokens of ``pixels`` in their places.
+
+        input_ids: (B, T); pixels: (N, 3, H, W) uint8 in reading order, N may be 0. Raises DataError where the number
+        of places is not N times the tokens of a tile.
+        """
+        places = (input_ids.view(-1) == self.image_id).nonzero().view(-1)
+        tiles = pixels.shape[0]
+        embeddings = self.language_model.get_input_embeddings()(input_ids)
+        # A rank without images runs one zero tile times 0.0: ranks that skipped the tower would wait for each other.
+        images = self.images(pixels if tiles else pixels.new_zeros((1, *pixels.shape[1:])))
+        if len(places) != tiles * images.shape[1]:
+            raise DataError(
+                f"{len(places)} image placeholders but {tiles} tiles x {images.shape[1]} tokens; "
+                "the batch was encoded with another ImageSpec than the model's"
+            )
+        images = images.to(embeddings.dtype)
+        if tiles == 0:
+            return embeddings + images.sum() * 0.0
+        flat = embeddings.view(-1, embeddings.shape[-1])
+        return flat.index_copy(0, places, images.flatten(0, 1)).view_as(embeddings)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The scalar fp32 sum of -log p over the labelled positions of ``batch``; 0 where there is none."""
+        embeddings = self.embed(batch.input_ids, batch.pixels)
+        labels = batch.labels.view(-1)
+        places = (labels != IGNORE).nonzero().view(-1)
+        if not self.head_is_plain:
+            return self._nll_by_own_forward(embeddings, batch)
+        hidden = self.language_model.base_model(
+            inputs_embeds=embeddings,
+            position_ids=batch.position_ids,
+            attention_mask=self._mask(batch.position_ids),
+            # With a cache, transformers builds a plain causal mask and packed samples see each other.
+            use_cache=False,
+        ).last_hidden_state
+        head = cast("nn.Linear", self.language_model.get_output_embeddings())
+        return labelled_nll(head, hidden.view(-1, hidden.shape[-1])[places], labels[places])
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits (B, T, V) at every position, by the language model's own forward."""
+        return self.language_model(
+            inputs_embeds=self.embed(batch.input_ids, batch.pixels),
+            position_ids=batch.position_ids,
+            attention_mask=self._mask(batch.position_ids),
+            use_cache=False,
+        ).logits
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        pixels: Tensor,
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        stop_ids: Sequence[int] = (),
+        on_token: Callable[[int], None] | None = None,
+    ) -> list[int]:
+        """Ids of the answer to one prompt (T,) with its tiles (N, 3, H, W), without the stop id that ended it.
+
+        temperature 0 is greedy. ``on_token`` is called with each id of the answer as soon as it is known.
+        """
+        sampling = generation.Sampling(
+            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, stop_ids=tuple(stop_ids)
+        )
+        embeddings = self.embed(input_ids.view(1, -1), pixels)
+        return generation.answers(self.language_model, [embeddings[0]], sampling, on_token=on_token)[0]
+
+    @torch.no_grad()
+    def generate_batch(
+        self,
+        prompts: Sequence[tuple[Tensor, Tensor]],
+        *,
+        max_new_tokens: int,
+        stop_ids: Sequence[int] = (),
+    ) -> list[list[int]]:
+        """Greedy answers to several prompts at once, each (T,) ids and (N, 3, H, W) tiles; as ``generate`` one by one."""
+        sampling = generation.Sampling(
+            max_new_tokens=max_new_tokens, temperature=0.0, top_p=1.0, stop_ids=tuple(stop_ids)
+        )
+        embeddings = [self.embed(input_ids.view(1, -1), pixels)[0] for input_ids, pixels in prompts]
+        return generation.answers(self.language_model, embeddings, sampling)
+
+    def train_only(self, rules: Mapping[str, float]) -> list[TrainGroup]:
+        """Make exactly the parameters trainable that ``rules`` name; the only place that sets ``requires_grad``.
+
+        rules: part name (connector, language_model, vision_tower) or regular expression searched in parameter names
+        -> learning rate; later rules win, 0 freezes. Raises ConfigError for a rule that matches nothing.
+        """
+        return apply_rules(self, rules, unused=self._unused_in_tower)
+
+    def enable_activation_checkpointing(self) -> None:
+        """Recompute the activations of the language model's layers in the backward pass. Raises ConfigError."""
+        if not self.language_model.supports_gradient_checkpointing:
+            name = type(self.language_model).__name__
+            raise ConfigError(f"activation_checkpointing: {name} does not support it; set it to false")
+        self.language_model.activation_checkpointing_enable(
+            activation_checkpointing_kwargs={"use_reentrant": False}
+        )
+
+    def _mask(self, position_ids: Tensor) -> Tensor | None:
+        return attention_mask_for(position_ids, implementation=self.attention, window=self.window)
+
+    def _nll_by_own_forward(self, embeddings: Tensor, batch: Batch) -> Tensor:
+        """The loss where logits are more than head times hidden state: the model computes them, at labelled columns."""
+        columns = (batch.labels != IGNORE).any(dim=0).nonzero().view(-1)
+        logits = self.language_model(
+            inputs_embeds=embeddings,
+            position_ids=batch.position_ids,
+            attention_mask=self._mask(batch.position_ids),
+            use_cache=False,
+            logits_to_keep=columns,
+        ).logits  # (B, C, V)
+        return functional.cross_entropy(
+            logits.float().flatten(0, 1),
+            batch.labels[:, columns].flatten(),
+            ignore_index=IGNORE,
+            reduction="sum",
+        )
+
+    def _unused_in_tower(self) -> set[str]:
+        """Names of the tower's parameters behind the chosen layer: no output depends on them."""
+        parameters = dict(self.vision_tower.named_parameters())
+        weight = next(iter(parameters.values()))
+        before = {name: parameter.requires_grad for name, parameter in parameters.items()}
+        self.vision_tower.requires_grad_(True)
+        tile = torch.zeros((1, 3, *self.spec.size), device=weight.device, dtype=weight.dtype)
+        with torch.enable_grad():
+            patches = self.vision_tower(tile)
+            gradients = torch.autograd.grad(patches.sum(), list(parameters.values()), allow_unused=True)
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(before[name])
+        return {
+            f"vision_tower.{name}"
+            for name, gradient in zip(parameters, gradients, strict=True)
+            if gradient is None
+        }
