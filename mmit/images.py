@@ -1,0 +1,227 @@
+"""Images: from the encoded bytes of a record to uint8 tiles for the encoder, and their size from the header alone.
+
+The flow is decode -> upright RGB -> resize to a tile -> (N, 3, H, W) uint8; ``normalize`` makes floats of it on the
+device of the model. How many image tokens a picture costs is known from its size (``ImageSpec.plan``), so planning a
+run decodes nothing.
+
+The default route resizes with torch; ``exact=True`` resizes with PIL, bit for bit as LLaVA does (see resize.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import struct
+import warnings
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from mmit.errors import ConfigError, DataError
+from mmit.resize import WITH_PIL, WITH_TORCH
+
+Resize = Literal["pad", "squash", "crop"]
+Alpha = Literal["white", "black", "mean"]
+Size = tuple[int, int]
+
+DEFAULT_MAX_PIXELS = 89_478_485
+"""PIL's own limit, at which it only warns; here an image beyond it is refused before it is decoded."""
+
+_PIL_HARD_LIMIT = 2 * DEFAULT_MAX_PIXELS
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SWAPS_SIDES = (5, 6, 7, 8)
+# What PIL's readers raise on damaged files; a bug of ours (KeyError, AttributeError, ...) is not among them.
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError, struct.error, zlib.error)
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """What one image costs: tiles through the encoder, and image tokens in the language model."""
+
+    tiles: int
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSpec:
+    """How an image becomes tiles; a property of the encoder and the connector, kept in every model directory.
+
+    size: (H, W) of a tile in pixels.
+    mean, std: per channel, of pixels in 0..1.
+    resize: ``pad`` to the tile's shape with the mean colour (LLaVA 1.5), ``squash`` (SigLIP), or ``crop``: shortest
+        edge, then the centre (CLIP).
+    tokens_per_tile: image tokens that the language model sees for one tile, after the connector.
+    exact: resize with PIL, bit for bit as LLaVA does.
+    alpha: the colour behind transparent pixels.
+    max_pixels: an image with more, by its header, is refused.
+    """
+
+    size: Size
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    resize: Resize
+    tokens_per_tile: int
+    exact: bool = False
+    alpha: Alpha = "white"
+    max_pixels: int = DEFAULT_MAX_PIXELS
+
+    def __post_init__(self) -> None:
+        if min(self.size) < 1:
+            raise ConfigError(f"image size {self.size} must be two numbers of pixels above 0")
+        if self.resize not in ("pad", "squash", "crop"):
+            raise ConfigError(f"image resize '{self.resize}' is none of pad, squash, crop")
+        if self.alpha not in ("white", "black", "mean"):
+            raise ConfigError(f"image alpha '{self.alpha}' is none of white, black, mean")
+        if self.tokens_per_tile < 1:
+            raise ConfigError(f"tokens_per_tile is {self.tokens_per_tile}; an image needs at least one token")
+        if min(self.std) <= 0:
+            raise ConfigError(f"image std {self.std} must be above 0")
+        if not 1 <= self.max_pixels <= _PIL_HARD_LIMIT:
+            raise ConfigError(f"max_pixels is {self.max_pixels}; choose 1 to {_PIL_HARD_LIMIT}, PIL's own bound")
+
+    def plan(self, width: int, height: int) -> TilePlan:
+        """The cost of an image of this displayed size, known without decoding it."""
+        if width < 1 or height < 1:
+            raise DataError(f"an image of {width} x {height} pixels has no content")
+        return TilePlan(tiles=1, tokens=self.tokens_per_tile)
+
+    def prepare(self, data: bytes) -> Tensor:
+        """The tiles of an encoded image: (N, 3, H, W) uint8.
+
+        Raises DataError with the reason if ``data`` is no image, is damaged, or is larger than ``max_pixels``.
+        """
+        image = _decode(data, self)
+        route = WITH_PIL if self.exact else WITH_TORCH
+        return route[self.resize](image, self.size, self.fill)[None].contiguous()
+
+    def fingerprint(self) -> str:
+        """A short name of everything that decides the pixels and the token count."""
+        text = json.dumps({"version": 1, **self.to_dict()}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; ``from_dict`` reads them back."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ImageSpec:
+        """The spec that ``to_dict`` wrote. Raises ConfigError on a missing or unknown key."""
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(values) - known)
+        missing = sorted({"size", "mean", "std", "resize", "tokens_per_tile"} - set(values))
+        if unknown or missing:
+            raise ConfigError(f"an image spec lacks {missing} and has unknown keys {unknown}; known: {sorted(known)}")
+        plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return cls(**plain)
+
+    @property
+    def fill(self) -> tuple[int, int, int]:
+        """The mean colour as LLaVA rounds it: down."""
+        red, green, blue = (int(channel * 255) for channel in self.mean)
+        return red, green, blue
+
+
+def read_size(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Size:
+    """The displayed (width, height) of an encoded image, EXIF rotation applied, from its header alone.
+
+    Raises DataError if ``data`` is no image or has more than ``max_pixels``.
+    """
+    image = _open(data, max_pixels)
+    width, height = image.size
+    return (height, width) if _orientation(image) in _SWAPS_SIDES else (width, height)
+
+
+def normalize(pixels: Tensor, spec: ImageSpec) -> Tensor:
+    """Float32 input of the encoder, ``(x / 255 - mean) / std``, on the device of ``pixels``: (N, 3, H, W) uint8."""
+    mean = torch.tensor(spec.mean, device=pixels.device).view(1, 3, 1, 1)
+    std = torch.tensor(spec.std, device=pixels.device).view(1, 3, 1, 1)
+    return (pixels.float() / 255 - mean) / std
+
+
+# --- bytes to upright RGB ------------------------------------------------------------------------------------------
+
+
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    """Read the header. Nothing is decoded before the number of pixels is known to be bearable."""
+    if not data:
+        raise DataError("the image has zero bytes")
+    try:
+        with warnings.catch_warnings():
+            # PIL warns of a bomb and goes on; the check below refuses it. Odd metadata is no reason to warn either.
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError as error:
+        raise DataError(f"{len(data)} bytes that are no image PIL can read") from error
+    except Image.DecompressionBombError as error:
+        raise DataError(f"the image has more than {_PIL_HARD_LIMIT} pixels: a decompression bomb?") from error
+    except _DAMAGE as error:
+        raise DataError(f"the image header is damaged: {error}") from error
+    width, height = image.size
+    if width * height > max_pixels:
+        raise DataError(
+            f"the image has {width} x {height} = {width * height} pixels, more than max_pixels = {max_pixels}"
+        )
+    return image
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation 1..8; 1 where there is none or it is unreadable."""
+    if image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys():
+        return 1  # getexif would decode the whole PNG to look for a chunk behind the pixels
+    try:
+        found = image.getexif().get(_ORIENTATION, 1)
+    except _DAMAGE:
+        return 1  # broken metadata beside a good picture: viewers show it unrotated
+    return found if found in _UPRIGHT else 1
+
+
+def _decode(data: bytes, spec: ImageSpec) -> Image.Image:
+    image = _open(data, spec.max_pixels)
+    orientation = _orientation(image)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL's remarks on palettes and metadata; damage raises
+            image.load()
+            rgb = _to_rgb(image, spec)
+    except _DAMAGE as error:
+        raise DataError(f"the image is damaged: {error}") from error
+    return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
+
+
+def _to_rgb(image: Image.Image, spec: ImageSpec) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        return _high_depth_to_rgb(image)
+    if not image.has_transparency_data:
+        rgb = image.convert("RGB")
+    else:
+        rgba = image.convert("RGBA")
+        colour = {"white": (255, 255, 255), "black": (0, 0, 0), "mean": spec.fill}[spec.alpha]
+        canvas = Image.new("RGBA", rgba.size, (*colour, 255))
+        rgb = Image.alpha_composite(canvas, rgba).convert("RGB")
+    rgb.info = {}  # a transparency key that survives would make readers blank out that colour
+    return rgb
+
+
+def _high_depth_to_rgb(image: Image.Image) -> Image.Image:
+    """Grey of more than 8 bits, scaled from 0..65535 to 0..255 (PIL's own conversion clips at 255)."""
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 65_535:
+        raise DataError(f"the image holds values outside 0..65535 (PIL mode {image.mode}); convert it to 8 or 16 bits")
+    grey = np.rint(values.astype(np.float32) / 257).astype(np.uint8)
+    return Image.fromarray(grey, mode="L").convert("RGB")

@@ -1,0 +1,129 @@
+"""From an upright RGB picture to one tile, in three manners and by two routes.
+
+``pad`` puts the picture in the middle of the mean colour, ``squash`` ignores its shape, ``crop`` keeps the centre.
+``WITH_PIL`` is the reference: bit for bit what LLaVA and the PIL processors of transformers make. ``WITH_TORCH`` resizes
+uint8 tensors with the same filter, faster, and stays within two grey levels of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+Size = tuple[int, int]
+"""(height, width) of a tile."""
+
+Colour = tuple[int, int, int]
+
+_LARGEST_CANVAS = 1 << 24
+"""Pixels. A picture that would be padded to more is made smaller in its long direction first, then padded."""
+
+
+def _to_tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, H, W), channels last in memory
+
+
+def _canvas(image: Image.Image, size: Size) -> tuple[int, int]:
+    """The smallest (width, height) with the tile's shape that holds the picture; a square for a square tile."""
+    width, height = image.size
+    if width * size[0] >= height * size[1]:
+        return width, round(width * size[0] / size[1])
+    return round(height * size[1] / size[0]), height
+
+
+def _cover(image: Image.Image, size: Size) -> tuple[int, int]:
+    """(width, height) at which the picture just covers the tile; rounded down as transformers does."""
+    width, height = image.size
+    if width * size[0] <= height * size[1]:
+        return size[1], int(size[1] * height / width)
+    return int(size[0] * width / height), size[0]
+
+
+# --- PIL -----------------------------------------------------------------------------------------------------------
+
+
+def _pad_with_pil(image: Image.Image, size: Size, fill: Colour) -> Tensor:
+    width, height = _canvas(image, size)
+    if width * height > 8 * _LARGEST_CANVAS:
+        return _pad_with_torch(image, size, fill)  # 60000 x 1 would need a canvas of 3.6 billion pixels
+    canvas = Image.new("RGB", (width, height), fill)
+    canvas.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
+    return _squash_with_pil(canvas, size, fill)
+
+
+def _squash_with_pil(image: Image.Image, size: Size, _: Colour) -> Tensor:
+    return _to_tensor(image.resize((size[1], size[0]), Image.Resampling.BICUBIC))
+
+
+def _crop_with_pil(image: Image.Image, size: Size, _: Colour) -> Tensor:
+    width, height = _cover(image, size)
+    left, top = (width - size[1]) // 2, (height - size[0]) // 2
+    if width * height <= 4 * size[0] * size[1]:
+        covering = image.resize((width, height), Image.Resampling.BICUBIC)
+        return _to_tensor(covering.crop((left, top, left + size[1], top + size[0])))
+    # A strip: compute the pixels of the tile only (4000 x 3 resized to cover 336 x 336 would be 448000 wide).
+    across, down = image.width / width, image.height / height
+    right, bottom = (left + size[1]) * across, (top + size[0]) * down
+    box = (left * across, top * down, min(right, image.width), min(bottom, image.height))
+    return _to_tensor(image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box))
+
+
+# --- torch ---------------------------------------------------------------------------------------------------------
+
+
+def _scale(pixels: Tensor, size: Size) -> Tensor:
+    """(3, h, w) uint8 to (3, *size): bicubic with antialiasing, the same filter as PIL's."""
+    height, width = pixels.shape[1:]
+    # Each direction rounds to whole grey levels, so their order shows. torch begins with the rows; Pillow since 13
+    # with the columns where the height shrinks much more than the width (python-pillow/Pillow#9549).
+    if height / size[0] > max(1.0, 2 * width / size[1] - 1):
+        pixels = interpolate(pixels[None], size=(size[0], width), mode="bicubic", antialias=True)[0]
+    return interpolate(pixels[None], size=size, mode="bicubic", antialias=True)[0]
+
+
+def _centre(pixels: Tensor, size: Size, fill: Colour) -> Tensor:
+    """(3, h, w) in the middle of (3, *size) of one colour, channels last in memory as the picture is."""
+    _, height, width = pixels.shape
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    canvas = torch.tensor(fill, dtype=torch.uint8).repeat(*size, 1)
+    canvas[top : top + height, left : left + width] = pixels.permute(1, 2, 0)
+    return canvas.permute(2, 0, 1)
+
+
+def _pad_with_torch(image: Image.Image, size: Size, fill: Colour) -> Tensor:
+    """Pad, and resize one direction after the other in an order that keeps the padded picture small."""
+    width, height = _canvas(image, size)
+    pixels = _to_tensor(image)
+    if image.width == width:
+        pixels = _scale(pixels, (image.height, size[1]))  # padding rows are flat: nothing to resize in them
+        return _scale(_centre(pixels, (height, size[1]), fill), size)
+    if width * height <= _LARGEST_CANVAS:
+        return _scale(_centre(pixels, (height, width), fill), size)
+    pixels = _scale(pixels, (size[0], image.width))
+    return _scale(_centre(pixels, (size[0], width), fill), size)
+
+
+def _squash_with_torch(image: Image.Image, size: Size, _: Colour) -> Tensor:
+    return _scale(_to_tensor(image), size)
+
+
+def _crop_with_torch(image: Image.Image, size: Size, fill: Colour) -> Tensor:
+    width, height = _cover(image, size)
+    if width * height > 4 * size[0] * size[1]:
+        return _crop_with_pil(image, size, fill)  # a strip: torch cannot resize a part of a picture
+    left, top = (width - size[1]) // 2, (height - size[0]) // 2
+    return _scale(_to_tensor(image), (height, width))[:, top : top + size[0], left : left + size[1]]
+
+
+_Route = Mapping[str, Callable[[Image.Image, Size, Colour], Tensor]]
+
+WITH_PIL: _Route = {"pad": _pad_with_pil, "squash": _squash_with_pil, "crop": _crop_with_pil}
+"""By manner: (picture, (H, W) of the tile, padding colour) -> (3, H, W) uint8."""
+
+WITH_TORCH: _Route = {"pad": _pad_with_torch, "squash": _squash_with_torch, "crop": _crop_with_torch}
+"""The same, faster, within two grey levels."""
