@@ -1,0 +1,101 @@
+"""The ``mmit`` command: each verb parses its words and calls one function.
+
+Nothing heavy is imported before a verb is known, so that help and checks answer at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmit import __version__
+from mmit.errors import MmitError
+
+app = typer.Typer(
+    help="Compose a vision-language model, teach it in stages, and know that it is right.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+config_app = typer.Typer(help="Look at run files.", no_args_is_help=True)
+data_app = typer.Typer(help="Convert, check and look at data.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+app.add_typer(data_app, name="data")
+
+RunFile = Annotated[Path, typer.Argument(metavar="FILE", help="The run file (YAML).")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Changes to the run file.")]
+ModelDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="A model directory, or a run's stage folder.")]
+
+
+def main() -> None:
+    """Run the command; a user's mistake ends as one sentence and its exit code, never as a traceback."""
+    try:
+        app()
+    except MmitError as error:
+        from mmit.train.launch import note_error
+
+        if not note_error(str(error)):
+            print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(f"mmit {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    file: RunFile,
+    overrides: Overrides = None,
+    stage: Annotated[str | None, typer.Option(help="Train this stage only.")] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Processes to start; else one per device.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start again: removes what the stage has so far.")] = False,
+    local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
+) -> None:
+    """Train the stages of a run file in order; the same command continues an interrupted run."""
+    del local_rank  # DeepSpeed's launcher passes it; the environment says the same
+    from mmit.config import load_config
+    from mmit.distributed import is_launched, set_up_logging
+    from mmit.train.launch import check_stages, run_stages
+
+    config = load_config(file, overrides)
+    stages = check_stages(config, stage)
+    if is_launched():
+        from mmit.train.stage import train_stage
+
+        for name in stages:
+            train_stage(config, name, fresh=fresh)
+        return
+    set_up_logging()
+    command = ["train", str(file), *(overrides or [])]
+    run_stages(config, command, stages=stages, ranks=ranks, fresh=fresh)
+
+
+@config_app.command("show")
+def config_show(file: RunFile, overrides: Overrides = None) -> None:
+    """Print the run file as it is understood, with every default."""
+    from mmit.config import load_config
+    from mmit.config_file import resolved_yaml
+
+    typer.echo(resolved_yaml(load_config(file, overrides)), nl=False)
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON schema of a run file, for editors."""
+    import json
+
+    from mmit.config_file import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+

@@ -1,0 +1,1 @@
+"""Training: stages under DeepSpeed, launched, resumed, recorded."""

@@ -1,0 +1,166 @@
+"""Starting the ranks: each stage of a run in its own launch over all local devices, or over CPU ranks.
+
+The children are the same command with a rank in the environment, so that ``deepspeed`` or ``torchrun`` can start them too.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from mmit.config import RunConfig
+from mmit.distributed import logger
+from mmit.errors import EXIT_INTERRUPTED, ConfigError, Interrupted, TrainingError
+
+GRACE_SECONDS = 60.0
+"""How long ranks may take to save after SIGTERM before they are killed; a second signal cuts it short."""
+
+AFTER_A_DEATH_SECONDS = 10.0
+"""How long the other ranks may take to end after one died: they wait for it in a collective and will not come back."""
+
+ERRORS_VARIABLE = "MMIT_ERRORS"
+
+
+def run_stages(
+    config: RunConfig, command: Sequence[str], *, stages: Sequence[str], ranks: int | None, fresh: bool
+) -> None:
+    """Train ``stages`` in order, skipping those that are complete.
+
+    command: arguments of ``mmit`` without the stage, such as ``["train", "run.yaml", "seed=1"]``.
+    Raises Interrupted where a stage was asked to stop, TrainingError where it failed.
+    """
+    for name in stages:
+        folder = config.stage_folder(name)
+        if (folder / "model" / "mmit.json").is_file() and not fresh:
+            logger.info("stage %s: complete, see %s (--fresh trains it again)", name, folder / "model")
+            continue
+        count = ranks or local_ranks(config)
+        threads = config.launch.threads_per_rank or max(1, (os.cpu_count() or 1) // count)
+        logger.info(
+            "stage %s: %d rank%s, %d CPU thread%s each", name, count, "s"[: count > 1], threads, "s"[: threads > 1]
+        )
+        arguments = [*command, "--stage", name, *(["--fresh"] if fresh else [])]
+        _launch(arguments, ranks=count, threads=threads, stage=name)
+
+
+def local_ranks(config: RunConfig) -> int:
+    """One rank for each accelerator of this machine, else as many CPU ranks as the run file says."""
+    import torch
+
+    return torch.accelerator.device_count() or config.launch.cpu_ranks
+
+
+def _launch(arguments: Sequence[str], *, ranks: int, threads: int, stage: str) -> None:
+    with tempfile.TemporaryDirectory(prefix="mmit-") as notes:
+        port = _free_port()
+        children = [_start(arguments, r, ranks=ranks, threads=threads, notes=notes, port=port) for r in range(ranks)]
+        watch = _Watch(children)
+        codes = watch.wait()
+        told = sorted({path.read_text(encoding="utf-8") for path in Path(notes).glob("*.error")})
+    if all(code == 0 for code in codes):
+        return
+    if any(code == EXIT_INTERRUPTED for code in codes):
+        raise Interrupted(f"stage {stage}: stopped and saved; the same command continues it")
+    if told:
+        raise TrainingError("\n".join(told))
+    died = watch.first_to_fail if watch.first_to_fail is not None else 0
+    raise TrainingError(
+        f"stage {stage}: rank {died} ended with {_named(codes[died])}; "
+        "the same command continues from the last complete checkpoint"
+    )
+
+
+def _start(
+    arguments: Sequence[str], number: int, *, ranks: int, threads: int, notes: str, port: int
+) -> subprocess.Popen[bytes]:
+    environment = {
+        **os.environ,
+        "RANK": str(number),
+        "LOCAL_RANK": str(number),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": str(threads),
+        ERRORS_VARIABLE: notes,
+    }
+    # a session of its own: Ctrl-C reaches this process alone, which passes it on once and in order
+    return subprocess.Popen([sys.executable, "-m", "mmit", *arguments], env=environment, start_new_session=True)
+
+
+class _Watch:
+    """Waits for all children; passes signals on; ends the others when one died."""
+
+    def __init__(self, children: Sequence[subprocess.Popen[bytes]]) -> None:
+        self._children = children
+        self._deadline: float | None = None
+        self._signals = 0
+        self.first_to_fail: int | None = None
+
+    def wait(self) -> list[int]:
+        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            while any(child.poll() is None for child in self._children):
+                self._look()
+                time.sleep(0.05)
+            self._look()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            self._send(signal.SIGKILL)
+        return [child.wait() for child in self._children]
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        self._signals += 1
+        self._send(signal.SIGTERM if self._signals == 1 else signal.SIGKILL)
+        self._deadline = self._deadline or time.monotonic() + GRACE_SECONDS
+
+    def _look(self) -> None:
+        failed = (n for n, child in enumerate(self._children) if child.poll() not in (None, 0, EXIT_INTERRUPTED))
+        if self.first_to_fail is None and (number := next(failed, None)) is not None:
+            self.first_to_fail = number
+            self._deadline = self._deadline or time.monotonic() + AFTER_A_DEATH_SECONDS
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            self._send(signal.SIGKILL)
+
+    def _send(self, number: int) -> None:
+        for child in self._children:
+            if child.poll() is None:
+                child.send_signal(number)
+
+
+def _named(code: int) -> str:
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def note_error(message: str) -> bool:
+    """Leave a rank's error for the launching process; False where there is none to read it."""
+    folder = os.environ.get(ERRORS_VARIABLE)
+    if not folder:
+        return False
+    Path(folder, f"{os.environ.get('RANK', '0')}.error").write_text(message, encoding="utf-8")
+    return True
+
+
+def check_stages(config: RunConfig, asked: str | None) -> list[str]:
+    """The stages to train: all, or the one asked for. Raises ConfigError where it is not in the run file."""
+    if asked is None:
+        return list(config.stages)
+    if asked not in config.stages:
+        raise ConfigError(f"--stage {asked}: the run file has the stages {', '.join(config.stages)}")
+    return [asked]

@@ -1,0 +1,166 @@
+"""The loop: one optimizer step after another, until the plan ends or somebody asks to stop.
+
+A step starts with one all-reduce of a few integers (trained tokens, samples, the wish to stop); the exact mean needs the
+first before any backward pass, and all ranks must agree on the last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import torch
+
+from mmit.distributed import all_reduce_sum, logger, rank
+from mmit.errors import TrainingError
+from mmit.train.engine import Engine, device
+from mmit.train.metrics import Recorder, StepRecord
+from mmit.train.optim import LearningRate
+
+if TYPE_CHECKING:
+    from mmit.data import Loader, StepBatches
+
+
+class StopRequest:
+    """Notes SIGTERM and Ctrl-C; the loop looks at it between steps."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if not self.asked and rank() == 0:
+            logger.info("%s: saving after this step", signal.Signals(number).name)
+        self.asked = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """Integers of one step, summed over all ranks."""
+
+    trained_tokens: int
+    tokens: int
+    images: int
+    samples: int
+    skipped: int
+    digest: int
+    stops: int
+
+    @classmethod
+    def of(cls, step: StepBatches, *, stop: bool) -> Counts:
+        """The sums over all ranks; collective."""
+        digest = sum(_hash(name) for batch in step.batches for name in batch.sample_ids) % 2**48
+        local = [
+            sum(batch.trained_tokens for batch in step.batches),
+            sum(batch.tokens for batch in step.batches),
+            sum(batch.pixels.shape[0] for batch in step.batches),
+            sum(len(batch.sample_ids) for batch in step.batches),
+            len(step.skipped),
+            digest,
+            int(stop),
+        ]
+        total = all_reduce_sum(torch.tensor(local, dtype=torch.int64, device=device())).tolist()
+        return cls(**dict(zip(cls.__dataclass_fields__, total, strict=True)))
+
+
+def _hash(sample_id: str) -> int:
+    return int.from_bytes(hashlib.blake2b(sample_id.encode(), digest_size=6).digest(), "big")
+
+
+def train_steps(
+    loader: Loader,
+    engine: Engine,
+    schedule: LearningRate,
+    recorder: Recorder | None,
+    *,
+    stop: StopRequest,
+    seed: int,
+    after_step: Callable[[int], None],
+) -> bool:
+    """Train on every step of ``loader``; True when the plan is done, False when it was asked to stop.
+
+    after_step: called with the number of steps done, after each.
+    Raises TrainingError for a step without a trained token and for a loss or gradient that is not finite.
+    """
+    for step, wait in _timed(iter(loader)):
+        started = time.perf_counter() - wait
+        counts = Counts.of(step, stop=stop.asked)
+        if counts.stops:
+            return False
+        if counts.trained_tokens == 0:
+            raise TrainingError(
+                f"step {step.step + 1} has no trained token on any rank: {counts.samples} samples, {counts.skipped} skipped; "
+                "see the skipped records in the log, and the labels with `mmit data show`"
+            )
+        torch.manual_seed(_step_seed(seed, step.step))
+        factor = schedule.factor(step.step)
+        loss, norm = _optimizer_step(step, engine, counts.trained_tokens, factor)
+        if recorder is not None:
+            recorder.add(
+                StepRecord(
+                    step=step.step + 1,
+                    loss=loss,
+                    lr={group["name"]: group["lr"] for group in engine.optimizer.param_groups},
+                    grad_norm=norm,
+                    tokens=counts.tokens,
+                    trained_tokens=counts.trained_tokens,
+                    images=counts.images,
+                    samples=counts.samples,
+                    skipped=counts.skipped,
+                    samples_digest=counts.digest,
+                    seconds=time.perf_counter() - started,
+                    wait_seconds=wait,
+                )
+            )
+        after_step(step.step + 1)
+    return True
+
+
+def _optimizer_step(step: StepBatches, engine: Engine, trained_tokens: int, factor: float) -> tuple[float, float]:
+    """Loss (mean over all trained tokens of all ranks) and gradient norm of one step."""
+    total = torch.zeros((), dtype=torch.float64, device=device())
+    loss = norm = math.nan
+    for number, batch in enumerate(step.batches, start=1):
+        total += engine.micro_step(batch.to(device()), trained_tokens=trained_tokens).double()
+        if number == len(step.batches):
+            loss = float(all_reduce_sum(total)) / trained_tokens
+            # before the update, so that the weights stay those of the last good step
+            _check_finite(loss, step, "loss")
+        done = engine.close_micro_step(factor=factor)
+        norm = norm if done is None else done
+    _check_finite(norm, step, "gradient norm")
+    return loss, norm
+
+
+def _check_finite(value: float, step: StepBatches, what: str) -> None:
+    if math.isfinite(value):
+        return
+    ids = [name for batch in step.batches for name in batch.sample_ids]
+    raise TrainingError(
+        f"the {what} of step {step.step + 1} is {value}; the last checkpoint is intact. "
+        f"Samples of this rank: {', '.join(ids[:8])}{' ...' if len(ids) > 8 else ''}. "
+        "Lower the learning rate, or look at these samples with `mmit data show`"
+    )
+
+
+def _step_seed(seed: int, step: int) -> int:
+    text = f"{seed}/{step}/{rank()}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "big")
+
+
+def _timed(steps: Iterator[StepBatches]) -> Iterator[tuple[StepBatches, float]]:
+    """Each step with the seconds that its data took to arrive."""
+    while True:
+        started = time.perf_counter()
+        step = next(steps, None)
+        if step is None:
+            return
+        yield step, time.perf_counter() - started

@@ -1,0 +1,261 @@
+"""One stage on one rank: parts, data, engine, resume, the loop, and the model directory at the end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mmit.config import RunConfig, Stage
+from mmit.config_file import resolved_yaml
+from mmit.distributed import barrier, is_launched, logger, rank, set_up_logging, world_size
+from mmit.errors import ConfigError, Interrupted
+
+if TYPE_CHECKING:
+    from mmit.models import LoadedModel
+    from mmit.train.checkpoint import RunState
+    from mmit.train.engine import Engine
+    from mmit.train.feed import Feed
+    from mmit.train.loop import StopRequest
+
+
+def train_stage(config: RunConfig, name: str, *, fresh: bool = False) -> Path:
+    """Train one stage to its end and give its model directory; runs on every rank of a launch.
+
+    Continues from the newest complete checkpoint of the stage unless ``fresh``.
+    Raises MmitError subclasses for what the user can mend, Interrupted after SIGTERM or Ctrl-C.
+    """
+    if not is_launched():
+        raise ConfigError(
+            "a stage is trained by ranks: start it with `mmit train`, `deepspeed --module mmit train` or torchrun"
+        )
+    _prepare_process()
+    from mmit.train.engine import init_process_group
+    from mmit.train.loop import StopRequest
+
+    stop = StopRequest()  # before the parts are loaded, so that no signal is lost
+    init_process_group()
+    try:
+        return _train(config, name, stop=stop, fresh=fresh)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _prepare_process() -> None:
+    set_up_logging()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader forks
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would warn that it found none
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
+
+def _train(config: RunConfig, name: str, *, stop: StopRequest, fresh: bool) -> Path:
+    from mmit.train import checkpoint
+    from mmit.train.engine import resolve_precision
+    from mmit.train.feed import make_feed
+    from mmit.train.loop import train_steps
+    from mmit.train.metrics import Recorder
+    from mmit.train.optim import LearningRate
+    from mmit.train.trained import FirstStepCheck
+
+    stage, folder = config.stages[name], config.stage_folder(name)
+    if rank() == 0:
+        _open_folder(folder, config, fresh=fresh)
+    barrier()
+    dtype = resolve_precision(config.precision)
+    loaded = _build(config, name, dtype=dtype)
+    feed = make_feed(config, stage, loaded)
+    state = checkpoint.RunState(
+        step=0,
+        stage=name,
+        plan=feed.plan.fingerprint,
+        world=world_size(),
+        zero_stage=stage.zero.stage,
+        seed=config.seed,
+        precision=str(dtype).removeprefix("torch."),
+    )
+    engine = _make_engine(stage, loaded, dtype=dtype)
+    state = _resume(folder, engine, state)
+    _announce(config, name, feed)
+
+    schedule = LearningRate(
+        schedule=stage.optim.schedule,
+        warmup_fraction=stage.optim.warmup_fraction,
+        min_lr_fraction=stage.optim.min_lr_fraction,
+        steps=feed.plan.steps,
+    )
+    recorder = None
+    if rank() == 0:
+        recorder = Recorder(
+            folder,
+            steps=feed.plan.steps,
+            every_steps=stage.log.every_steps,
+            tensorboard=stage.log.tensorboard,
+            resume_step=state.step,
+        )
+    made_from = checkpoint.facts(config.model_dump(mode="json"), stage=name, plan=feed.plan.fingerprint)
+    write_model = _model_writer(engine, loaded, made_from)
+    first = state.step + 1
+    check = FirstStepCheck(engine.module)
+    done = state.step
+
+    def save() -> None:
+        checkpoint.save(
+            folder / "checkpoints",
+            engine,
+            replace(state, step=done),
+            write_model=write_model,
+            keep_last=stage.save.keep_last,
+        )
+
+    def after_step(step: int) -> None:
+        nonlocal done
+        done = step
+        if step == first:
+            check.verify()
+        if step % stage.save.every_steps == 0 and step < feed.plan.steps:
+            save()
+
+    try:
+        finished = train_steps(
+            feed.loader(start_step=state.step),
+            engine,
+            schedule,
+            recorder,
+            stop=stop,
+            seed=config.seed,
+            after_step=after_step,
+        )
+        if not finished:
+            save()
+            raise Interrupted(f"stage {name}: saved at step {done} of {feed.plan.steps}; the same command continues it")
+        return _finish(folder, write_model)
+    finally:
+        if recorder is not None:
+            recorder.close()
+        feed.report_skipped()
+
+
+def _open_folder(folder: Path, config: RunConfig, *, fresh: bool) -> None:
+    try:
+        if fresh:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(resolved_yaml(config), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"output {folder}: cannot be written: {error.strerror}") from None
+
+
+def _build(config: RunConfig, name: str, *, dtype: torch.dtype) -> LoadedModel:
+    """The model of a stage: from its parts, from a stage before it, or from a directory; the same on every rank."""
+    from mmit.models import build_model, find_model_directory, load_weights
+
+    stage = config.stages[name]
+    loaded = build_model(config.model, dtype=dtype, seed=config.seed)
+    source = stage.init_from
+    if source == "parts":
+        return loaded
+    if source in config.stages:
+        directory = config.stage_folder(source) / "model"
+        if not (directory / "mmit.json").is_file():
+            raise ConfigError(f"stages.{name}.init_from: stage '{source}' has not been trained; {directory} is missing")
+    else:
+        directory = find_model_directory(Path(source))
+    load_weights(loaded, directory)
+    logger.info("weights from %s", directory)
+    return loaded
+
+
+def _make_engine(stage: Stage, loaded: LoadedModel, *, dtype: torch.dtype) -> Engine:
+    from mmit.train.engine import Engine, accumulation, deepspeed_config, device
+    from mmit.train.optim import adamw, parameter_groups
+    from mmit.train.trained import table
+
+    model = loaded.model
+    groups = model.train_only(stage.train)
+    if stage.activation_checkpointing:
+        model.enable_activation_checkpointing()
+    logger.info("%s", table(model, groups))
+    model.to(device())
+    optimizer = adamw(
+        parameter_groups(model, groups, weight_decay=stage.optim.weight_decay),
+        betas=stage.optim.betas,
+        eps=stage.optim.eps,
+    )
+    rows = stage.batch.rows_per_micro_batch
+    settings = deepspeed_config(
+        stage.zero,
+        dtype=dtype,
+        rows_per_micro_batch=rows,
+        micro_batches=accumulation(rows_per_step=stage.batch.rows_per_step, rows_per_micro_batch=rows),
+        clip_norm=stage.optim.clip_norm,
+    )
+    return Engine(model, optimizer, settings, dtype=dtype)
+
+
+def _resume(folder: Path, engine: Engine, state: RunState) -> RunState:
+    from mmit.train import checkpoint
+
+    found = checkpoint.newest(folder / "checkpoints")
+    if found is None:
+        return state
+    stored = checkpoint.read_state(found)
+    checkpoint.check_continues(stored, state, found)
+    checkpoint.load_engine(found, engine)
+    return replace(state, step=stored.step)
+
+
+def _announce(config: RunConfig, name: str, feed: Feed) -> None:
+    from mmit.train.engine import accumulation
+
+    batch = config.stages[name].batch
+    micro = accumulation(rows_per_step=batch.rows_per_step, rows_per_micro_batch=batch.rows_per_micro_batch)
+    logger.info(
+        "stage %s: %d samples in %d steps of %d rows x %d tokens; ZeRO-%d, %d ranks x %d micro-batches of %d rows",
+        name,
+        feed.plan.samples,
+        feed.plan.steps,
+        batch.rows_per_step,
+        batch.length,
+        config.stages[name].zero.stage,
+        world_size(),
+        micro,
+        batch.rows_per_micro_batch,
+    )
+    idle = micro * batch.rows_per_micro_batch * world_size() - batch.rows_per_step
+    if idle:
+        logger.info(
+            "%d of %d row places of a step stay empty: %d rows per step over %d ranks x %d micro-batches x %d rows",
+            idle,
+            idle + batch.rows_per_step,
+            batch.rows_per_step,
+            world_size(),
+            micro,
+            batch.rows_per_micro_batch,
+        )
+
+
+def _model_writer(engine: Engine, loaded: LoadedModel, made_from: dict[str, Any]) -> Callable[[Path], None]:
+    from mmit.models import save_model
+
+    def write(directory: Path) -> None:
+        state = engine.full_state()
+        if rank() == 0:
+            save_model(loaded, state, directory, made_from=made_from)
+
+    return write
+
+
+def _finish(folder: Path, write_model: Callable[[Path], None]) -> Path:
+    from mmit.train import checkpoint
+
+    checkpoint.collectively(lambda: write_model(folder / "model"), what=folder / "model")
+    logger.info("saved %s", folder / "model")
+    return folder / "model"

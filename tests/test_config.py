@@ -1,0 +1,168 @@
+"""The run file: typed, strict, all mistakes at once."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mmit.config import Batching, load_config, parse_count
+from mmit.config_file import json_schema, parse, resolved_yaml
+from mmit.errors import ConfigError
+
+RUN = """
+name: tiny
+model:
+  encoder: {type: transformers, path: clip}
+  language_model: {path: llm}
+stages:
+  align:
+    train: {connector: 1e-3}
+    data: {mix: [{shards: a}], template: plain}
+    batch: {length: 2048, tokens_per_step: 160k}
+  instruct:
+    init_from: align
+    train: {connector: 2e-5, language_model: 2.0e-5}
+    data: {mix: [{shards: a}, {recipe: mine, epochs: 3}]}
+    batch: {length: 4096, tokens_per_step: 160k}
+"""
+
+
+def mistakes(text: str, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse(text, source="run.yaml", overrides=list(overrides))
+    return str(caught.value).splitlines()
+
+
+def test_2e_minus_5_is_a_float_however_it_is_written() -> None:
+    config = parse(RUN, source="run.yaml", overrides=["stages.align.train.language_model=1e5"])
+    assert config.stages["align"].train == {"connector": 0.001, "language_model": 100000.0}
+    assert config.stages["instruct"].train == {"connector": 2e-5, "language_model": 2e-5}
+
+
+def test_k_means_1024() -> None:
+    assert parse_count("160k") == 163840
+    assert parse(RUN, source="", overrides=[]).stages["instruct"].batch.rows_per_step == 40
+
+
+def test_all_mistakes_of_a_file_are_told_at_once_with_their_paths() -> None:
+    wrong = RUN.replace("path: clip", "path: clip, resiz: pad").replace("length: 2048", "length: two")
+    wrong = wrong.replace("init_from: align", "init_form: align").replace("shards: a}, {", "shards: a, recipe: b}, {")
+    assert mistakes(wrong) == [
+        "run.yaml: 4 mistakes",
+        "  model.encoder.resiz: unknown key - did you mean 'resize'?",
+        "  stages.align.batch.length: input should be a valid integer, unable to parse string as an integer "
+        "(given: 'two')",
+        "  stages.instruct.data.mix.0: give exactly one of 'recipe' and 'shards'",
+        "  stages.instruct.init_form: unknown key - did you mean 'init_from'?",
+    ]
+
+
+def test_an_unknown_key_of_an_override_is_refused_like_one_of_the_file() -> None:
+    assert mistakes(RUN, "stages.align.trian.connector=1")[1:] == [
+        "  stages.align.trian: unknown key - did you mean 'train'?"
+    ]
+
+
+def test_overrides_reach_into_lists() -> None:
+    config = parse(RUN, source="", overrides=["stages.instruct.data.mix.1.epochs=2"])
+    assert config.stages["instruct"].data.mix[1].epochs == 2.0
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("noequals", "not of the form a.b=value"),
+        ("stages.instruct.data.mix.7.epochs=1", "needs a number below 2"),
+        ("name.first=x", "'name' holds the value 'tiny'"),
+    ],
+)
+def test_a_malformed_override_is_one_sentence(override: str, words: str) -> None:
+    assert words in mistakes(RUN, override)[0]
+
+
+def test_an_impossible_batch_shows_the_arithmetic() -> None:
+    assert mistakes(RUN, "stages.align.batch.tokens_per_step=5000")[1] == (
+        "  stages.align.batch: tokens_per_step 5000 = 2 rows x length 2048 + 904 left over; take 4096 or 6144"
+    )
+    assert "20 rows per step, which rows_per_micro_batch 3 does not divide" in mistakes(
+        RUN, "stages.align.batch={length: 512, tokens_per_step: 10k, rows_per_micro_batch: 3}"
+    )[1]
+
+
+def test_a_key_given_twice_is_refused_with_its_line() -> None:
+    assert mistakes(RUN + "name: again\n") == ["run.yaml: line 16 column 1 is not YAML: the key 'name' is given twice"]
+
+
+def test_broken_yaml_is_refused_with_its_place() -> None:
+    assert mistakes("name: [a")[0].startswith("run.yaml: line 1 column 9 is not YAML")
+
+
+@pytest.mark.parametrize("text", ["", "- a", "42"])
+def test_a_file_that_is_no_mapping_is_refused(text: str) -> None:
+    assert "a run file holds keys such as name" in mistakes(text)[0]
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such file"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+def test_a_stage_cannot_start_from_a_later_one() -> None:
+    assert mistakes(RUN, "stages.align.init_from=instruct")[1] == (
+        "  stages.align.init_from: 'instruct' is not a stage before it"
+    )
+
+
+def test_a_rule_that_is_no_regular_expression_is_refused() -> None:
+    assert "'[' is no regular expression" in mistakes(RUN, "stages.align.train={'[': 1}")[1]
+
+
+def test_training_nothing_is_refused() -> None:
+    assert "nothing would be trained" in mistakes(RUN, "stages.align.train.connector=0")[1]
+
+
+def test_an_unknown_encoder_type_names_those_that_exist() -> None:
+    assert mistakes(RUN, "model.encoder.type=clipp")[1] == (
+        "  model.encoder: 'type' must be one of transformers, open_clip, or package.module:Class"
+    )
+
+
+def test_ones_own_encoder_is_a_module_and_a_class() -> None:
+    config = parse(RUN, source="", overrides=["model.encoder={type: 'mine.towers:Tower', args: {width: 3}}"])
+    assert config.model.encoder.args == {"width": 3}  # type: ignore[union-attr]
+
+
+def test_a_whole_model_is_a_path() -> None:
+    config = parse(RUN, source="", overrides=["model={path: some/dir}"])
+    assert config.model.path == "some/dir"  # type: ignore[union-attr]
+
+
+def test_the_resolved_config_reads_back_equal() -> None:
+    config = parse(RUN, source="", overrides=["stages.align.data.mix.0.samples=5"])
+    again = parse(resolved_yaml(config), source="", overrides=[])
+    assert again == config
+
+
+def test_the_config_is_frozen() -> None:
+    config = parse(RUN, source="", overrides=[])
+    with pytest.raises(ValueError, match="frozen"):
+        config.name = "other"  # type: ignore[misc]
+
+
+def test_the_schema_documents_every_field() -> None:
+    schema = json_schema()
+    for section in schema["$defs"].values():
+        for name, field in section.get("properties", {}).items():
+            if name not in ("type", "betas", "eps", "model", "connector", "encoder", "language_model", "batch", "data", "optim", "zero", "save", "log"):
+                assert field.get("description"), name
+    assert schema["properties"]["stages"]["description"] == "Trained in this order."
+
+
+def test_rows_per_step_is_derived() -> None:
+    assert Batching.model_validate({"length": "2k", "tokens_per_step": "16k"}).rows_per_step == 8
+
+
+def test_yaml_no_and_numbers_stay_what_the_schema_says() -> None:
+    assert yaml.safe_load("2e-5") == "2e-5"  # the trap: YAML 1.1 reads a string
+    config = parse(RUN, source="", overrides=["seed=7", "stages.align.log.tensorboard=no"])
+    assert (config.seed, config.stages["align"].log.tensorboard) == (7, False)

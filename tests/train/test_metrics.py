@@ -1,0 +1,68 @@
+"""The record of a stage survives a kill and is drawn."""
+
+import json
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+from mmit.train.metrics import Recorder, StepRecord, loss_svg
+
+
+def record(step: int, loss: float) -> StepRecord:
+    return StepRecord(
+        step=step,
+        loss=loss,
+        lr={"connector": 1e-3},
+        grad_norm=1.0,
+        tokens=100,
+        trained_tokens=20,
+        images=2,
+        samples=4,
+        skipped=0,
+        samples_digest=7,
+        seconds=0.5,
+        wait_seconds=0.1,
+    )
+
+
+def recorder(folder: Path, resume_step: int = 0) -> Recorder:
+    return Recorder(folder, steps=10, every_steps=1, tensorboard=False, resume_step=resume_step)
+
+
+def test_every_step_is_one_line(tmp_path: Path) -> None:
+    log = recorder(tmp_path)
+    for step in (1, 2, 3):
+        log.add(record(step, 3.0 / step))
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 3.0), (2, 1.5), (3, 1.0)]
+
+
+def test_steps_done_after_the_last_checkpoint_are_not_told_twice(tmp_path: Path) -> None:
+    log = recorder(tmp_path)
+    for step in (1, 2, 3, 4):
+        log.add(record(step, 1.0))
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # what a kill leaves
+    again = recorder(tmp_path, resume_step=2)
+    again.add(record(3, 0.5))
+    again.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, 1.0), (3, 0.5)]
+
+
+def test_the_curve_is_svg_with_a_point_per_step(tmp_path: Path) -> None:
+    log = recorder(tmp_path)
+    for step in range(1, 8):
+        log.add(record(step, 8.0 - step))
+    log.close()
+    root = ET.fromstring((tmp_path / "loss.svg").read_text())
+    lines = root.findall("{http://www.w3.org/2000/svg}polyline")
+    assert [len(line.attrib["points"].split()) for line in lines] == [7, 7]
+
+
+def test_a_falling_loss_is_drawn_from_top_left_to_bottom_right() -> None:
+    points = ET.fromstring(loss_svg([(1, 4.0), (2, 1.0)])).findall("{http://www.w3.org/2000/svg}polyline")[0].attrib["points"]
+    (x0, y0), (x1, y1) = [tuple(map(float, pair.split(","))) for pair in points.split()]
+    assert x0 < x1
+    assert y0 < y1  # SVG's y grows downwards
