@@ -1,0 +1,68 @@
+"""Orders that never change: arithmetic on 64-bit integers, so no version of NumPy or torch can shift them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+
+
+def splitmix64(values: np.ndarray) -> np.ndarray:
+    """A well-mixed 64-bit number for each uint64 (Steele, Lea, Flood 2014, the finalizer of SplittableRandom)."""
+    with np.errstate(over="ignore"):
+        mixed = values + _GOLDEN
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * _MIX_1
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * _MIX_2
+        return mixed ^ (mixed >> np.uint64(31))
+
+
+def key(*parts: int | str) -> np.uint64:
+    """A 64-bit number from what a stream of numbers is for, such as ``key(seed, "order", source, epoch)``."""
+    text = "/".join(str(part) for part in parts)
+    return np.uint64(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little"))
+
+
+def hashes(count: int, stream: np.uint64) -> np.ndarray:
+    """``count`` random-looking uint64 of a stream; the first n do not depend on ``count``."""
+    return splitmix64(np.arange(count, dtype=np.uint64) ^ stream)
+
+
+def permutation(count: int, stream: np.uint64) -> np.ndarray:
+    """The numbers 0 .. count - 1 in the order of a stream, int64."""
+    return np.argsort(hashes(count, stream), kind="stable")
+
+
+def draws_of_epoch(count: int, draws: int, epoch: int, *, seed: int, source: int) -> np.ndarray:
+    """Which of ``count`` samples a source contributes in one epoch, in order: (draws,) int64.
+
+    The draws of successive epochs walk through one permutation after another, so over any number of epochs no sample
+    is seen twice more often than another.
+    """
+    first = epoch * draws
+    parts = []
+    taken = 0
+    while taken < draws:
+        turn, at = divmod(first + taken, count)
+        part = permutation(count, key(seed, "order", source, turn))[at : at + draws - taken]
+        parts.append(part)
+        taken += len(part)
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+
+def interleaved(draws: Sequence[int], epoch: int, *, seed: int) -> np.ndarray:
+    """Which source each draw of an epoch comes from, every source spread evenly: (sum of draws,) int64.
+
+    Draw k of d stands at (k + u) / d with u from 0 to 1, so the share of a source in any stretch is right within a
+    sample or two.
+    """
+    times, sources = [], []
+    for source, count in enumerate(draws):
+        jitter = (hashes(count, key(seed, "mix", source, epoch)) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        times.append((np.arange(count) + jitter) / max(count, 1))
+        sources.append(np.full(count, source, dtype=np.int64))
+    return np.concatenate(sources)[np.argsort(np.concatenate(times), kind="stable")]
