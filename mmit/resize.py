@@ -1,7 +1,7 @@
 """From an upright RGB picture to one tile, in three manners and by two routes.
 
 ``pad`` puts the picture in the middle of the mean colour, ``squash`` ignores its shape, ``crop`` keeps the centre.
-``WITH_PIL`` is the reference: bit for bit what LLaVA and the PIL processors of transformers make. ``WITH_TORCH`` resizes
+``WITH_PIL`` is bit for bit what LLaVA and the PIL processors of transformers make. ``WITH_TORCH`` resizes
 uint8 tensors with the same filter, faster, and stays within two grey levels of it.
 """
 
@@ -49,7 +49,7 @@ def _cover(image: Image.Image, size: Size) -> tuple[int, int]:
 
 def _pad_with_pil(image: Image.Image, size: Size, fill: Colour) -> Tensor:
     width, height = _canvas(image, size)
-    if width * height > 8 * _LARGEST_CANVAS:
+    if width * height > 4 * _LARGEST_CANVAS:
         return _pad_with_torch(image, size, fill)  # 60000 x 1 would need a canvas of 3.6 billion pixels
     canvas = Image.new("RGB", (width, height), fill)
     canvas.paste(image, ((width - image.width) // 2, (height - image.height) // 2))

@@ -1,0 +1,204 @@
+"""From a conversation to token ids, labels and pixels: the one way there, for training, planning and chat.
+
+The whole text goes through the tokenizer in one call, and a token is trained if and only if its last character lies in
+a trained span: pieces tokenized one by one give other ids than the text the model will see.
+
+Two styles of image places. ``hf``, for models of our own: ``<image>`` is a token of the text, as transformers'
+LlavaProcessor has it. ``llava``, for original LLaVA checkpoints: the text between images is tokenized piece by piece,
+so that a Llama tokenizer puts a space token after each image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from mmit.batch import IGNORE, Encoded
+from mmit.conversation import Conversation
+from mmit.errors import ConfigError, DataError
+from mmit.images import ImageSpec, read_size
+from mmit.templates import ChatTemplate, Rendered
+from mmit.tokenizer import IMAGE_TEXT
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Style = Literal["hf", "llava"]
+
+
+def encode(
+    rendered: Rendered,
+    tokenizer: PreTrainedTokenizerBase,
+    image_tokens: Sequence[int],
+    *,
+    image_id: int,
+    style: Style = "hf",
+) -> tuple[Tensor, Tensor]:
+    """Token ids (T,) int64 and whether each is trained (T,) bool.
+
+    image_tokens: how many ``image_id`` each image becomes, in the order of the text.
+    The start token comes once, where the tokenizer's family has one. Raises ConfigError for style ``hf`` if the
+    tokenizer has no token ``<image>`` of the id ``image_id``.
+    """
+    text = rendered.text
+    flags = bytearray(len(text))  # 1 where a character is trained
+    for start, end in rendered.trained:
+        flags[start:end] = b"\1" * (end - start)
+    ids, trained = (_whole if style == "hf" else _between_images)(text, flags, tokenizer, image_id)
+    if ids.count(image_id) != len(image_tokens):
+        raise ConfigError(
+            f"the text has {len(image_tokens)} images but {ids.count(image_id)} tokens of id {image_id}; "
+            f"the tokenizer has no {IMAGE_TEXT} of that id (prepare_tokenizer adds one)"
+        )
+    start_ids = [] if _begins_with_start(text, tokenizer) else list(_habits(tokenizer).start_ids)
+    all_ids, all_trained = start_ids, [False] * len(start_ids)
+    sizes = iter(image_tokens)
+    for token, is_trained in zip(ids, trained, strict=True):
+        copies = next(sizes) if token == image_id else 1
+        all_ids.extend([token] * copies)
+        all_trained.extend([is_trained and token != image_id] * copies)
+    return torch.tensor(all_ids, dtype=torch.int64), torch.tensor(all_trained, dtype=torch.bool)
+
+
+def encode_conversation(
+    conversation: Conversation,
+    *,
+    template: ChatTemplate,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: ImageSpec,
+    image_id: int,
+    style: Style = "hf",
+    pixels: bool = True,
+) -> Encoded:
+    """One sample for the model. ``pixels=False`` decodes nothing: lengths are known from ``conversation.sizes``.
+
+    Raises DataError, naming the record, if the images and their places do not match, an image cannot be read, the
+    conversation breaks a rule of templates.py, or no token of it would be trained.
+    """
+    record = conversation.id
+    order = [ref.index for ref in conversation.image_refs]
+    sizes = _sizes(conversation, spec)
+    if sorted(order) != list(range(len(sizes))):
+        raise DataError(f"record '{record}' has {len(sizes)} images, but its turns refer to images {order}; each once")
+    rendered = template.render(conversation)
+    plans = [spec.plan(*sizes[index]) for index in order]
+    ids, trained = encode(rendered, tokenizer, [plan.tokens for plan in plans], image_id=image_id, style=style)
+    if not trained.any():
+        raise DataError(f"record '{record}' has no trained token: no answer in it is to be learned; leave it out")
+    labels = torch.full_like(ids, IGNORE)
+    labels[:-1] = torch.where(trained[1:], ids[1:], IGNORE)
+    tiles = [torch.empty((0, 3, *spec.size), dtype=torch.uint8)]
+    if pixels and order:
+        if not conversation.images:
+            raise DataError(f"record '{record}' came without the bytes of its {len(order)} images")
+        tiles = [_prepare(conversation.images[index], spec, record, index) for index in order]
+    return Encoded(id=record, input_ids=ids, labels=labels, pixels=torch.cat(tiles))
+
+
+def show_tokens(encoded: Encoded, tokenizer: PreTrainedTokenizerBase, *, image_id: int) -> list[tuple[str, bool]]:
+    """The sample for reading: (text of a token, is it trained), runs of image tokens folded to ``<image> x 576``."""
+    ids = encoded.input_ids.tolist()
+    trained = [False, *(label != IGNORE for label in encoded.labels.tolist()[:-1])]
+    shown: list[tuple[str, bool]] = []
+    pending: list[int] = []  # tokens that are no whole character yet
+    run = 0
+    for position, token in enumerate(ids):
+        if token == image_id:
+            run += 1
+            if position + 1 == len(ids) or ids[position + 1] != image_id:
+                shown.append((f"{IMAGE_TEXT} x {run}", False))
+                run = 0
+            continue
+        pending.append(token)
+        text = _text_of(pending, tokenizer)
+        follows = position + 1 < len(ids) and ids[position + 1] != image_id
+        goes_on = follows and trained[position + 1] == trained[position]
+        if text.endswith("\ufffd") and goes_on and len(pending) < 4:
+            continue
+        shown.append((text, trained[position]))
+        pending = []
+    return shown
+
+
+@dataclass(frozen=True)
+class _Habits:
+    """start_ids: what the tokenizer puts in front of a text. swallows_space: it reads " a" as it reads "a"."""
+
+    start_ids: tuple[int, ...]
+    swallows_space: bool
+
+
+@lru_cache(maxsize=8)
+def _habits(tokenizer: PreTrainedTokenizerBase) -> _Habits:
+    start = tuple(tokenizer.encode("")[:1])
+    letter, spaced = (tokenizer.encode(text, add_special_tokens=False) for text in ("a", " a"))
+    return _Habits(start if start == (tokenizer.bos_token_id,) else (), letter == spaced)
+
+
+def _begins_with_start(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    return isinstance(tokenizer.bos_token, str) and text.startswith(tokenizer.bos_token)
+
+
+def _whole(text: str, flags: bytearray, tokenizer: PreTrainedTokenizerBase, _: int) -> tuple[list[int], list[bool]]:
+    if not text:
+        return [], []
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids, offsets = found["input_ids"], found["offset_mapping"]
+    across = [(s, e) for s, e in offsets if e - s > 1 and flags[e - 1] and not flags[s]]
+    if across and not _habits(tokenizer).swallows_space:
+        # A token that begins in a prompt and ends in its answer is none the model could ever be asked for: cut there.
+        cuts = sorted({next(k for k in range(s, e) if flags[k]) for s, e in across})
+        pieces = [_whole(text[a:b], flags[a:b], tokenizer, 0) for a, b in pairwise([0, *cuts, len(text)])]
+        return [i for ids, _ in pieces for i in ids], [t for _, trained in pieces for t in trained]
+    return ids, [bool(flags[max(e - 1, s)]) if s < len(flags) else False for s, e in offsets]
+
+
+def _between_images(
+    text: str, flags: bytearray, tokenizer: PreTrainedTokenizerBase, image_id: int
+) -> tuple[list[int], list[bool]]:
+    ids: list[int] = []
+    trained: list[bool] = []
+    start = 0
+    for number, chunk in enumerate(text.split(IMAGE_TEXT)):
+        if number:
+            ids.append(image_id)
+            trained.append(False)
+        marks = flags[start : start + len(chunk)]
+        start += len(chunk) + len(IMAGE_TEXT)
+        if chunk.startswith(" ") and _habits(tokenizer).swallows_space:
+            # The reference always puts its space in front; transformers 5 leaves it out before a text with one.
+            chunk, marks = " " + chunk, marks[:1] + marks  # noqa: PLW2901
+        more_ids, more_trained = _whole(chunk, marks, tokenizer, image_id)
+        ids += more_ids
+        trained += more_trained
+    return ids, trained
+
+
+def _sizes(conversation: Conversation, spec: ImageSpec) -> Sequence[tuple[int, int]]:
+    if conversation.sizes or not conversation.images:
+        return conversation.sizes
+    try:
+        return [read_size(data, max_pixels=spec.max_pixels) for data in conversation.images]
+    except DataError as error:
+        raise DataError(f"record '{conversation.id}': {error}") from error
+
+
+def _prepare(data: bytes, spec: ImageSpec, record: str, index: int) -> Tensor:
+    try:
+        return spec.prepare(data)
+    except DataError as error:
+        raise DataError(f"record '{record}', image {index}: {error}") from error
+
+
+def _text_of(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of tokens in the middle of a text: a space in front is kept, control tokens are shown."""
+    anchor = tokenizer.encode("a", add_special_tokens=False)
+    whole = tokenizer.decode([*anchor, *ids], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    assert isinstance(whole, str)
+    return whole.removeprefix("a")
