@@ -35,6 +35,7 @@ class Conversion:
     source, reader, images, prompt, follow_links: see ``readers.open_reader``.
     shard_samples, shard_bytes: a shard ends at whichever comes first. seed: of the one shuffle of all samples.
     verify: read each picture's header, or decode it too. max_bad: share of bad records that is tolerated.
+    records: how many the source must hold; 0 takes any number.
     """
 
     reader: str
@@ -49,6 +50,7 @@ class Conversion:
     seed: int = 0
     verify: Literal["header", "decode"] = "header"
     max_bad: float = 0.001
+    records: int = 0
     recipe_digest: str = ""
     licence: str = ""
 
@@ -74,6 +76,11 @@ def convert(
         prompt=conversion.prompt,
         follow_links=conversion.follow_links,
     )
+    if conversion.records not in (0, len(reader)):
+        raise DataError(
+            f"{conversion.source}: holds {len(reader)} records and {conversion.records} are expected; was it "
+            "downloaded whole? For a part of the set on purpose, take 'records' out of the recipe"
+        )
     partial = target.with_name(target.name + ".partial")
     with exclusive(partial):
         start_or_continue(partial, _plan(conversion, reader), overwrite=overwrite)

@@ -148,7 +148,7 @@ def make_plan(
 
 
 def draws_per_epoch(count: int, *, epochs: float = 1.0, samples: int | None = None) -> int:
-    """How many samples a source of ``count`` contributes to an epoch: ``samples``, or ``epochs`` of all, at least one."""
+    """Samples that a source of ``count`` contributes to an epoch: ``samples``, or ``epochs`` of all (at least one)."""
     return samples if samples is not None else max(1, round(epochs * count))
 
 

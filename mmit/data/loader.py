@@ -1,0 +1,175 @@
+"""From the plan to batches: each rank reads its rows of each step, in worker processes that remember nothing.
+
+Rank r of w takes rows r, r + w, ... of a step, cut into micro-batches, the same number on every rank. A broken sample
+is a hole in its row: nothing moves into its place, it is counted and listed, and too many of them end the run.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from mmit.batch import Batch, Encoded, collate
+from mmit.conversation import Conversation
+from mmit.data.faults import BadSample, StorageError, first_three
+from mmit.data.lengths import cut_turns
+from mmit.data.plan import Plan, Row
+from mmit.errors import DataError
+
+Encode = Callable[[Conversation], Encoded]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBatches:
+    """One optimizer step of one rank: its micro-batches in order, and the samples that were left out of them."""
+
+    step: int
+    batches: list[Batch]
+    skipped: list[BadSample]
+
+
+class Loader:
+    """Iterates over the steps ``start_step``, ``start_step + 1``, ... of a plan, as one rank sees them.
+
+    encode: makes a sample ready; picklable; raises DataError for a broken one.
+    workers: processes that read ahead; 0 reads in this one. The batches do not depend on their number.
+    image_size: (H, W) of a tile. max_skipped: share of the plan's samples that may be broken.
+
+    Iterating raises DataError above that share, for a shard that cannot be read, and for a sample whose length is not
+    the one the plan was made with.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        encode: Encode,
+        *,
+        rank: int,
+        world: int,
+        rows_per_micro_batch: int,
+        workers: int,
+        pad_id: int,
+        image_size: tuple[int, int],
+        start_step: int = 0,
+        max_skipped: float = 0.0,
+    ) -> None:
+        assert 0 <= rank < world, f"rank {rank} of {world}"
+        self.plan = plan
+        self.rank = rank
+        self.world = world
+        self.start_step = start_step
+        self.max_skipped = max_skipped
+        self.workers = workers
+        rows_of_rank = -(-plan.rows_per_step // world)
+        self.micro_batches = -(-rows_of_rank // rows_per_micro_batch)
+        self._batches = _MicroBatches(self, encode, rows_per_micro_batch, pad_id, image_size)
+
+    def __iter__(self) -> Iterator[StepBatches]:
+        source = DataLoader(
+            self._batches,
+            batch_size=None,
+            num_workers=self.workers,
+            prefetch_factor=max(2, self.micro_batches) if self.workers else None,
+            worker_init_fn=_ignore_signals,
+            pin_memory=torch.cuda.is_available(),
+            in_order=True,
+        )
+        skipped = 0
+        made = iter(source)
+        for step in range(self.start_step, self.plan.steps):
+            batches: list[Batch] = []
+            holes: list[BadSample] = []
+            for _ in range(self.micro_batches):
+                batch, bad, failure = next(made)
+                if failure:
+                    raise DataError(failure)
+                batches.append(batch)
+                holes.extend(bad)
+            skipped += len(holes)
+            self._check_skipped(skipped, holes)
+            yield StepBatches(step=step, batches=batches, skipped=holes)
+
+    def rows(self, step: int, micro_batch: int, count: int) -> list[Row]:
+        """The rows of this rank in one micro-batch of a step: at most ``count``, at least an empty one."""
+        own = self.plan.step(step)[self.rank :: self.world][micro_batch * count : (micro_batch + 1) * count]
+        return own or [Row((), 0, 0)]
+
+    def _check_skipped(self, skipped: int, holes: list[BadSample]) -> None:
+        if holes and skipped > self.max_skipped * self.plan.samples:
+            raise DataError(
+                f"{skipped} of {self.plan.samples} samples were broken, max_skipped {self.max_skipped:g} allows "
+                f"{int(self.max_skipped * self.plan.samples)}; the last: {first_three(holes)}. "
+                "`mmit data check` lists all of them"
+            )
+
+
+class _MicroBatches(Dataset[tuple[Batch, list[BadSample], str]]):
+    """Micro-batch k of the rest of the run: what a worker makes. Failures travel as text, not as tracebacks."""
+
+    def __init__(self, loader: Loader, encode: Encode, rows: int, pad_id: int, image_size: tuple[int, int]) -> None:
+        self.loader = loader
+        self.encode = encode
+        self.rows = rows
+        self.pad_id = pad_id
+        self.image_size = image_size
+
+    def __len__(self) -> int:
+        return (self.loader.plan.steps - self.loader.start_step) * self.loader.micro_batches
+
+    def __getitem__(self, index: int) -> tuple[Batch, list[BadSample], str]:
+        step, micro_batch = divmod(index, self.loader.micro_batches)
+        rows = self.loader.rows(self.loader.start_step + step, micro_batch, self.rows)
+        bad: list[BadSample] = []
+        encoded: list[list[Encoded]] = []
+        failure = ""
+        try:
+            encoded = [self._row(row, bad) for row in rows]
+        except DataError as error:
+            failure = str(error)
+        return collate(encoded, pad_id=self.pad_id, image_size=self.image_size), bad, failure
+
+    def _row(self, row: Row, bad: list[BadSample]) -> list[Encoded]:
+        found: list[Encoded] = []
+        for source, number in row.samples:
+            made = self._sample(source, number)
+            if isinstance(made, BadSample):
+                bad.append(made)
+            else:
+                found.append(made)
+        return found
+
+    def _sample(self, source: int, number: int) -> Encoded | BadSample:
+        samples, table = self.loader.plan.sources[source], self.loader.plan.tables[source]
+        name = ""
+        try:
+            conversation = samples.read(number)
+            name = conversation.id
+            if turns := table.turns(number):
+                conversation = cut_turns(conversation, turns)
+            encoded = self.encode(conversation)
+        except StorageError:
+            raise
+        except DataError as error:
+            shard, key = samples.place(number)
+            return BadSample(id=name, key=key, shard=shard, reason=str(error))
+        if encoded.length != table.tokens[number]:
+            shard, key = samples.place(number)
+            raise StorageError(
+                f"{shard}: {key} ({name}) is {encoded.length} tokens long and the plan says {table.tokens[number]}: "
+                "the length table was made with another tokenizer, template or image size, or the shard was replaced"
+            )
+        return encoded
+
+
+def _ignore_signals(worker: int) -> None:
+    """Keep workers alive through Ctrl-C and a scheduler's SIGTERM, which reach the whole process group.
+
+    The rank needs them to finish its step. They end when the loader is closed, and notice when the rank is gone.
+    """
+    del worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
