@@ -57,7 +57,7 @@ BUILT_IN_TEMPLATES = tuple(_BUILT_IN)
 class Rendered:
     """A conversation as text. Each image stands in it as ``<image>``.
 
-    trained: spans (start, end) of characters that the loss looks at, in order.
+    trained: spans (start, end) of characters that the loss looks at, in order; none in the prompt for a reply.
     dropped_turns: assistant turns before the first user turn that were left out.
     """
 
@@ -71,7 +71,8 @@ class ChatTemplate:
     """A chat template together with what it needs to know of its tokenizer; made by ``load``.
 
     jinja: the source; usable as ``tokenizer.chat_template`` in transformers, where it gives the same text.
-    stop: the texts that end an answer. stop_ids: the same as token ids, where each is one token.
+    stop: the text that ends an answer; empty where the template writes none (then it serves for chat only).
+    stop_ids: ids of tokens that end an answer; the tokenizer's end token is always among them.
     """
 
     name: str
@@ -98,6 +99,9 @@ class ChatTemplate:
                 raise ConfigError(f"the tokenizer has no chat template of its own; name a template: {names}")
         else:
             source = _read(name_or_path)
+        known = next((name for name in BUILT_IN_TEMPLATES if built_in_source(name) == source), None)
+        if known:  # a model directory of ours carries one of them as the tokenizer's own
+            return cls._built_in(known, tokenizer)
         return cls._foreign(name_or_path, source, tokenizer)
 
     @classmethod
@@ -128,7 +132,7 @@ class ChatTemplate:
         return cls(
             name=name,
             jinja=source,
-            stop=(end,),
+            stop=(end,) if end else (),
             stop_ids=_stop_ids(tokenizer, end),
             variables=variables,
             control=control,
@@ -149,7 +153,10 @@ class ChatTemplate:
         messages = [self._message(turn) for _, turn in turns]
         try:
             text, marked = _render(self.jinja, messages, dict(self.variables), reply=reply)
-            spans = marked if self.is_built_in else self._answers(text, messages, turns, conversation.id)
+            if self.is_built_in:
+                spans = marked
+            else:
+                spans = [] if reply else self._answers(text, marked, messages, turns, conversation.id)
         except TemplateError as error:
             raise DataError(
                 f"record '{conversation.id}': the chat template '{self.name}' refuses it: {error}"
@@ -160,6 +167,8 @@ class ChatTemplate:
                 f"record '{conversation.id}' has {images} images in its turns, but the chat template '{self.name}' "
                 f"wrote {text.count(IMAGE_TEXT)} {IMAGE_TEXT}; choose a template that writes one for each image"
             )
+        if reply:
+            return Rendered(text, (), dropped)
         answers = [turn for _, turn in turns if turn.role == "assistant"]
         assert len(answers) == len(spans), f"{len(answers)} answers, {len(spans)} spans"
         trained = tuple(span for turn, span in zip(answers, spans, strict=True) if turn.is_trained)
@@ -171,28 +180,40 @@ class ChatTemplate:
         parts = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in turn.content]
         return {"role": turn.role, "content": parts}
 
-    def _answers(self, text: str, messages: list[dict[str, Any]], turns: Sequence[Turn], record: str) -> list[Span]:
-        """The span of each answer and its end, found by rendering the conversation up to it."""
+    def _answers(
+        self, text: str, marked: list[Span], messages: list[dict[str, Any]], turns: Sequence[Turn], record: str
+    ) -> list[Span]:
+        """The span of each answer and its end: as marked, else found by rendering the conversation up to it."""
+        if not self.stop:
+            raise ConfigError(
+                f"the chat template '{self.name}' writes nothing after an answer, so a model could not learn to stop; "
+                "add its end-of-turn token, or train with another template"
+            )
+        answers = [(index, number, turn) for index, (number, turn) in enumerate(turns) if turn.role == "assistant"]
+        if marked and len(marked) != len(answers):
+            raise DataError(
+                f"record '{record}': the chat template '{self.name}' marks {len(marked)} of {len(answers)} answers "
+                "with generation; mark each answer once"
+            )
         spans: list[Span] = []
-        for index, (number, turn) in enumerate(turns):
-            if turn.role != "assistant":
-                continue
+        for index, number, turn in answers:
             prompt, _ = _render(self.jinja, messages[:index], dict(self.variables), reply=True)
-            if not text.startswith(prompt):
-                raise DataError(
-                    f"record '{record}': the chat template '{self.name}' rewrites history: the text before turn "
-                    f"{number} is not what the model will read when it answers there; train that turn as the last of "
-                    "its own record, or use another template"
-                )
+            alone, _ = _render(self.jinja, messages[: index + 1], dict(self.variables), reply=False)
             answer = as_text(turn.content).strip()
-            start = text.find(answer, len(prompt))
-            end = text.find(self.stop[0], start + len(answer))
-            if start < 0 or end < 0 or text[len(prompt) : start].strip() or text[start + len(answer) : end].strip():
+            start = alone.find(answer, len(prompt))
+            end = alone.find(self.stop[0], start + len(answer)) + len(self.stop[0])
+            if start < 0 or end < start + len(answer) + len(self.stop[0]):
                 raise DataError(
                     f"record '{record}': the chat template '{self.name}' does not write the answer of turn {number} as "
                     f"it stands, ended by {self.stop[0]!r}; use another template for this data"
                 )
-            spans.append((len(prompt), end + len(self.stop[0])))
+            if not alone.startswith(prompt) or not text.startswith(alone[:end]):
+                raise DataError(
+                    f"record '{record}': the chat template '{self.name}' rewrites history: the text up to turn "
+                    f"{number} is another once later turns follow; train that turn as the last of its own record, or "
+                    "use another template"
+                )
+            spans.append(marked[len(spans)] if marked else (len(prompt), end))
         return spans
 
 
@@ -217,9 +238,9 @@ def _variables(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[str, str], ...
 
 def _stop_ids(tokenizer: PreTrainedTokenizerBase, stop: str) -> tuple[int, ...]:
     """The id of ``stop`` as it comes after text, where that is one token, and the end token of the tokenizer."""
-    plain = tokenizer.encode("a", add_special_tokens=False)
+    bare = tokenizer.encode("a", add_special_tokens=False)
     ended = tokenizer.encode("a" + stop, add_special_tokens=False)
-    ids = [ended[-1]] if ended[:-1] == plain else []
+    ids = [ended[-1]] if ended[:-1] == bare else []
     if isinstance(tokenizer.eos_token, str):
         ids.append(token_id(tokenizer, tokenizer.eos_token))
     return tuple(dict.fromkeys(ids))
@@ -241,7 +262,7 @@ def _render(
 
 
 def _probe(name: str, source: str, variables: dict[str, str], control: frozenset[str]) -> tuple[bool, str]:
-    """Whether contents are to be given as parts, and what the template writes at the end of an answer."""
+    """Whether contents are to be given as parts, and what the template writes after an answer ("" if nothing)."""
     ask, answer = "Which colour?", "It is teal."
 
     def rendered(*contents: str, parts: bool) -> str:
@@ -264,10 +285,7 @@ def _probe(name: str, source: str, variables: dict[str, str], control: frozenset
     else:
         raise ConfigError(f"the chat template '{name}' does not write the text of a question and its answer")
     rest = after.strip()
-    end = next((token for token in sorted(control, key=len, reverse=True) if rest.startswith(token)), rest or after)
-    if not end:
-        raise ConfigError(
-            f"the chat template '{name}' writes nothing after an answer, so a model could not learn to stop; "
-            "add its end-of-turn token"
-        )
+    end = next((token for token in sorted(control, key=len, reverse=True) if rest.startswith(token)), rest)
+    if not end and "\n" in after:
+        end = after.strip(" ")
     return takes_parts, end
