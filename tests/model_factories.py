@@ -32,12 +32,15 @@ _SEED = 20240501
 
 
 def _save(model: PreTrainedModel, directory: Path) -> None:
-    """Stretch the small initial weights, so that logits differ visibly between tokens and images, and save."""
+    """Give every tensor weights from a fixed seed, large enough that logits depend visibly on tokens and images."""
     generator = torch.Generator().manual_seed(_SEED)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim > 1:
-            std = min(0.3, parameter.shape[-1] ** -0.5)
-            parameter.data = torch.randn(parameter.shape, generator=generator) * std
+            parameter.data = noise * min(0.3, parameter.shape[-1] ** -0.5)
+        else:
+            center = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            parameter.data = center + 0.1 * noise
     model.save_pretrained(directory)
 
 
@@ -138,8 +141,9 @@ def tiny_open_clip(directory: Path | str, *, quick_gelu: bool = True) -> dict[st
     name.write_text(json.dumps(description))
     weights = directory / "tiny-vit.pt"
     open_clip.add_model_config(str(name))
-    torch.manual_seed(_SEED)
-    torch.save(open_clip.create_model("tiny-vit").state_dict(), weights)
+    with torch.random.fork_rng():
+        torch.manual_seed(_SEED)
+        torch.save(open_clip.create_model("tiny-vit").state_dict(), weights)
     return {"type": "open_clip", "name": str(name), "pretrained": str(weights), "layer": -2}
 
 

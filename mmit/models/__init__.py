@@ -1,0 +1,1 @@
+"""Models: encoders, connectors, the vision-language model, and its directories on disk."""

@@ -68,7 +68,8 @@ class TransformersTower(nn.Module):
         super().__init__()
         self.model = model
         config = model.config
-        self.layers = layers_to_run(layer, config.num_hidden_layers)
+        self.depth = int(config.num_hidden_layers)
+        self.layers = layers_to_run(layer, self.depth)
         self.has_cls = isinstance(model, CLIPVisionModel)
         self.drops_cls = self.has_cls and cls == "drop"
         self.image = image
@@ -95,9 +96,7 @@ def layers_to_run(layer: int, depth: int) -> int:
     return count
 
 
-def build_encoder(
-    section: TransformersEncoder | OpenClipEncoder | CustomPart, *, dtype: torch.dtype
-) -> nn.Module:
+def build_encoder(section: TransformersEncoder | OpenClipEncoder | CustomPart, *, dtype: torch.dtype) -> nn.Module:
     """The encoder that a run file's ``model.encoder`` section describes, in eval mode. Raises ConfigError."""
     encoder: nn.Module
     if isinstance(section, TransformersEncoder):
@@ -105,9 +104,7 @@ def build_encoder(
     elif isinstance(section, OpenClipEncoder):
         from mmit.models.open_clip_encoder import read_open_clip
 
-        encoder = read_open_clip(
-            section.name, section.pretrained, layer=section.layer, cls=section.cls, dtype=dtype
-        )
+        encoder = read_open_clip(section.name, section.pretrained, layer=section.layer, cls=section.cls, dtype=dtype)
     else:
         encoder = make_custom(section.type, section.args, key="model.encoder")
         encoder = encoder.to(dtype)
@@ -133,9 +130,7 @@ def read_tower(path: str, *, layer: int, cls: Cls, dtype: torch.dtype) -> Transf
             "another encoder is given as type: package.module:Class"
         )
     vision = config.vision_config if isinstance(config, CLIPConfig | SiglipConfig) else config
-    model, report = kinds[type(config)].from_pretrained(
-        path, config=vision, dtype=dtype, output_loading_info=True
-    )
+    model, report = kinds[type(config)].from_pretrained(path, config=vision, dtype=dtype, output_loading_info=True)
     if report["missing_keys"]:
         some = ", ".join(sorted(report["missing_keys"])[:3])
         raise ConfigError(

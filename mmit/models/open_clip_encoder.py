@@ -47,7 +47,11 @@ class OpenClipTower(nn.Module):
         self.model = visual
         count = layers_to_run(layer, len(visual.transformer.resblocks))
         if count == 0:
-            raise ConfigError("model.encoder.layer: open_clip does not give the embeddings; take 1 or more, or -1 or less")
+            raise ConfigError(
+                "model.encoder.layer: open_clip does not give the embeddings; take 1 or more, or -1 or less"
+            )
+        self.layers = count
+        self.depth = len(visual.transformer.resblocks)
         self.drops_cls = cls == "drop"
         self.image = image
         self.width = int(visual.conv1.out_channels)
@@ -73,9 +77,7 @@ class OpenClipTower(nn.Module):
         return torch.cat([found["image_intermediates_prefix"][0], patches], dim=1)
 
 
-def read_open_clip(
-    name: str, pretrained: str, *, layer: int, cls: Cls, dtype: torch.dtype
-) -> OpenClipTower:
+def read_open_clip(name: str, pretrained: str, *, layer: int, cls: Cls, dtype: torch.dtype) -> OpenClipTower:
     """The vision tower of an open_clip model.
 
     name: a name that open_clip knows, or a JSON file with a model configuration; pretrained: a tag, or a weight file
@@ -142,22 +144,6 @@ def clip_vision_config(tower: OpenClipTower) -> dict[str, Any] | None:
         "hidden_act": names[activation],
         "layer_norm_eps": eps.pop(),
     }
-
-
-def to_clip_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an open_clip ViT under the names of ``CLIPVisionModel``, the joined q, k, v split."""
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        block, inner = _block(name)
-        if inner.startswith("attn.in_proj_"):
-            kind = inner.removeprefix("attn.in_proj_")
-            for part, piece in zip(_QKV, tensor.chunk(3), strict=True):
-                renamed[f"encoder.layers.{block}.self_attn.{part}.{kind}"] = piece.clone()
-        elif block is not None:
-            renamed[f"encoder.layers.{block}.{_swap(inner, _RENAMED_IN_BLOCK)}"] = tensor
-        else:
-            renamed[_swap(name, _RENAMED)] = tensor
-    return renamed
 
 
 def clip_sources(name: str) -> tuple[str, ...]:

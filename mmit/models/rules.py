@@ -27,9 +27,7 @@ class TrainGroup:
     names: tuple[str, ...]
 
 
-def apply_rules(
-    model: nn.Module, rules: Mapping[str, float], *, unused: Callable[[], set[str]]
-) -> list[TrainGroup]:
+def apply_rules(model: nn.Module, rules: Mapping[str, float], *, unused: Callable[[], set[str]]) -> list[TrainGroup]:
     """Set ``requires_grad`` of every parameter by ``rules`` and return one group per rule that trains something.
 
     unused: gives the names of tower parameters that no output depends on; they are never trained (an optimizer would

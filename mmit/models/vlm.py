@@ -175,9 +175,7 @@ class VisionLanguageModel(nn.Module):
         if not self.language_model.supports_gradient_checkpointing:
             name = type(self.language_model).__name__
             raise ConfigError(f"activation_checkpointing: {name} does not support it; set it to false")
-        self.language_model.activation_checkpointing_enable(
-            activation_checkpointing_kwargs={"use_reentrant": False}
-        )
+        self.language_model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
     def _mask(self, position_ids: Tensor) -> Tensor | None:
         return attention_mask_for(position_ids, implementation=self.attention, window=self.window)
@@ -212,7 +210,5 @@ class VisionLanguageModel(nn.Module):
         for name, parameter in parameters.items():
             parameter.requires_grad_(before[name])
         return {
-            f"vision_tower.{name}"
-            for name, gradient in zip(parameters, gradients, strict=True)
-            if gradient is None
+            f"vision_tower.{name}" for name, gradient in zip(parameters, gradients, strict=True) if gradient is None
         }

@@ -1,0 +1,157 @@
+"""The configuration files of a model directory, as LLaVA models on the hub have them.
+
+Written so that transformers 4 and 5, vLLM and SGLang agree: ``rope_theta`` beside version 5's ``rope_parameters``,
+``torch_dtype``, both ``processor_config.json`` and ``preprocessor_config.json``. Pure functions from values to
+dictionaries; ``save`` writes them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import CLIPVisionModel, PreTrainedModel
+
+from mmit.images import ImageSpec
+from mmit.models.encoders import TransformersTower
+from mmit.models.layout import is_clip_like
+from mmit.models.vlm import VisionLanguageModel
+
+IMAGE_TOKEN = "<image>"  # noqa: S105 - not a password
+_BICUBIC = 3
+# What transformers writes into every configuration and means nothing in this one.
+_NOISE = (
+    *("_name_or_path", "dtype", "transformers_version", "id2label", "label2id", "problem_type", "return_dict"),
+    *("output_hidden_states", "output_attentions", "chunk_size_feed_forward", "is_encoder_decoder"),
+)
+
+
+def why_not_llava(model: VisionLanguageModel) -> str | None:
+    """Why transformers' LlavaForConditionalGeneration cannot hold this model, or None where it can."""
+    from mmit.models.connectors import MlpProjector
+
+    connector, language_model = model.multi_modal_projector, model.language_model
+    head = language_model.get_output_embeddings()
+    if not is_clip_like(model.vision_tower):
+        return f"the encoder {type(model.vision_tower).__name__} is neither CLIP nor SigLIP"
+    if not isinstance(connector, MlpProjector) or connector.depth != 2:
+        depth = f" of {connector.depth} layers" if isinstance(connector, MlpProjector) else ""
+        return f"its projector has exactly two linear layers, this connector is {type(connector).__name__}{depth}"
+    if not model.head_is_plain or not isinstance(head, nn.Linear) or head.bias is not None:
+        return f"its head is a plain matrix, the one of {type(language_model).__name__} does more"
+    if language_model.base_model_prefix != "model":
+        return f"the tensors of {type(language_model).__name__} are not named model.* and lm_head.*"
+    return None
+
+
+def model_config(model: VisionLanguageModel, *, pad_id: int, dtype: torch.dtype) -> dict[str, Any]:
+    """``config.json``: LLaVA's where transformers can hold the model, else the same fields under mmit's own type."""
+    is_llava = why_not_llava(model) is None
+    config: dict[str, Any] = {
+        "architectures": ["LlavaForConditionalGeneration" if is_llava else "mmit.VisionLanguageModel"],
+        "model_type": "llava" if is_llava else "mmit",
+        "image_token_index": model.image_id,
+        "image_seq_length": model.spec.tokens_per_tile,
+        "pad_token_id": pad_id,
+        "text_config": text_config(model.language_model, dtype=dtype),
+        "tie_word_embeddings": bool(model.language_model.config.get_text_config().tie_word_embeddings),
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "transformers_version": transformers.__version__,
+    }
+    if is_llava:
+        config |= {"ignore_index": -100, "projector_hidden_act": "gelu", "multimodal_projector_bias": True}
+    if is_clip_like(model.vision_tower):
+        config |= {
+            "vision_config": vision_config(model.vision_tower),
+            "vision_feature_layer": feature_layer(model.vision_tower),
+            "vision_feature_select_strategy": select_strategy(model.vision_tower),
+        }
+    return config
+
+
+def text_config(language_model: PreTrainedModel, *, dtype: torch.dtype) -> dict[str, Any]:
+    """The language model's configuration, readable by transformers 4 and 5."""
+    config = language_model.config.to_dict()
+    for name in (*_NOISE, "quantization_config"):
+        config.pop(name, None)
+    config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    config["vocab_size"] = language_model.get_input_embeddings().weight.shape[0]
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        # transformers 4 knows only these names and falls back to 10000 without a word.
+        config["rope_theta"] = rope["rope_theta"]
+        if "partial_rotary_factor" in rope:
+            config["partial_rotary_factor"] = rope["partial_rotary_factor"]
+        if rope.get("rope_type", "default") != "default":
+            plain = ("rope_theta", "partial_rotary_factor")
+            config["rope_scaling"] = {name: value for name, value in rope.items() if name not in plain}
+    return config
+
+
+def vision_config(tower: nn.Module) -> dict[str, Any]:
+    """The tower's configuration as CLIPVisionModel or SiglipVisionModel of transformers."""
+    if isinstance(tower, TransformersTower):
+        dropped = (*_NOISE, "architectures")
+        return {name: value for name, value in tower.model.config.to_dict().items() if name not in dropped}
+    from mmit.models.open_clip_encoder import OpenClipTower, clip_vision_config
+
+    assert isinstance(tower, OpenClipTower), "is_clip_like knows two kinds of tower"
+    config = clip_vision_config(tower)
+    assert config is not None, "is_clip_like was asked before"
+    return config
+
+
+def feature_layer(tower: nn.Module) -> int:
+    """The hidden state that is read, counted from the end: -1 the last layer."""
+    return int(tower.layers) - int(tower.depth) - 1
+
+
+def select_strategy(tower: nn.Module) -> str:
+    """transformers' word for what becomes of the class token: ``default`` drops it, ``full`` keeps all there is."""
+    return "default" if tower.drops_cls else "full"
+
+
+def processor_config(model: VisionLanguageModel) -> dict[str, Any]:
+    """``processor_config.json``: how many tokens transformers puts in for an image."""
+    tower = model.vision_tower
+    is_siglip = isinstance(tower, TransformersTower) and not isinstance(tower.model, CLIPVisionModel)
+    return {
+        "image_token": IMAGE_TOKEN,
+        "num_additional_image_tokens": 0 if is_siglip else 1,
+        "patch_size": vision_config(tower)["patch_size"],
+        "processor_class": "LlavaProcessor",
+        "vision_feature_select_strategy": select_strategy(tower),
+    }
+
+
+def preprocessor_config(spec: ImageSpec) -> dict[str, Any]:
+    """``preprocessor_config.json``: the image processor of transformers that resizes as ``spec`` does."""
+    height, width = spec.size
+    common = {
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": list(spec.mean),
+        "image_std": list(spec.std),
+        "resample": _BICUBIC,
+        "rescale_factor": 1 / 255,
+        "processor_class": "LlavaProcessor",
+    }
+    if spec.resize == "squash":
+        return {
+            **common,
+            "image_processor_type": "SiglipImageProcessor",
+            "size": {"height": height, "width": width},
+        }
+    cropped = {
+        **common,
+        "crop_size": {"height": height, "width": width},
+        "do_center_crop": True,
+        "size": {"shortest_edge": min(height, width)},
+    }
+    if spec.resize == "pad":
+        return {**cropped, "image_processor_type": "LlavaImageProcessor", "do_pad": True}
+    return {**cropped, "image_processor_type": "CLIPImageProcessor"}

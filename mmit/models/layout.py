@@ -1,0 +1,103 @@
+"""Tensor names in memory and on disk.
+
+In memory: ``vision_tower.model.*`` (the tower's own names), ``multi_modal_projector.*``, ``language_model.*``.
+On disk: the names of LLaVA models on the hub, ``vision_tower.vision_model.*``, ``multi_modal_projector.linear_1.*``,
+``language_model.model.*``, ``language_model.lm_head.weight``, which every version of transformers and vLLM reads.
+The two other layouts that transformers writes are read too. A tower that is no CLIP or SigLIP keeps its own names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from torch import Tensor, nn
+
+from mmit.models.encoders import TransformersTower
+
+_TOWER = "vision_tower."
+_HUB_TOWER = "vision_tower.vision_model."
+_MODEL = "vision_tower.model."
+# transformers 5 with save_original_format=False; the order matters
+_NATIVE_V5 = (
+    ("model.vision_tower.", _TOWER),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+    ("model.language_model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+)
+# Buffers that older versions of transformers saved and newer ones compute.
+_COMPUTED = ("embeddings.position_ids", "rotary_emb.inv_freq")
+
+
+def hub_name(stored: str, *, is_clip_like: bool) -> str:
+    """The hub's name of a stored tensor, whichever of transformers' layouts it comes from."""
+    name = stored
+    for old, new in _NATIVE_V5:
+        if name.startswith(old):
+            name = new + name.removeprefix(old)
+            break
+    if is_clip_like and name.startswith(_TOWER) and not name.startswith(_HUB_TOWER):
+        name = _HUB_TOWER + name.removeprefix(_TOWER)
+    return name
+
+
+def is_computed(stored: str) -> bool:
+    """True for a stored buffer that the model computes itself."""
+    return stored.endswith(_COMPUTED)
+
+
+def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a model that are stored, by name in memory: parameters (a tied one once) and persistent buffers."""
+    stored = set(model.state_dict(keep_vars=True))
+    yield from model.named_parameters()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in stored)
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Names of parameters that are another parameter: second name -> first name."""
+    first: dict[int, str] = {}
+    again: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in first:
+            again[name] = first[id(parameter)]
+        else:
+            first[id(parameter)] = name
+    return again
+
+
+def disk_names(tower: nn.Module, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Name in memory -> the name on disk, or the names of the pieces to join along their first dimension."""
+    return {name: _on_disk(tower, name) for name in names}
+
+
+def to_disk(tower: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state in memory under its names on disk; joined tensors are split."""
+    stored: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        pieces = _on_disk(tower, name)
+        parts = (tensor,) if len(pieces) == 1 else tensor.chunk(len(pieces))
+        for piece, part in zip(pieces, parts, strict=True):
+            # A clone: safetensors refuses tensors that share memory, such as the pieces of one.
+            stored[piece] = part.contiguous() if len(pieces) == 1 else part.clone()
+    return stored
+
+
+def is_clip_like(tower: nn.Module) -> bool:
+    """True where the tower is saved as a CLIPVisionModel or SiglipVisionModel."""
+    if isinstance(tower, TransformersTower):
+        return True
+    from mmit.models.open_clip_encoder import OpenClipTower, clip_vision_config
+
+    return isinstance(tower, OpenClipTower) and clip_vision_config(tower) is not None
+
+
+def _on_disk(tower: nn.Module, name: str) -> tuple[str, ...]:
+    if not name.startswith(_MODEL):
+        return (name,)
+    inner = name.removeprefix(_MODEL)
+    if isinstance(tower, TransformersTower):
+        return (_HUB_TOWER + inner,)
+    if is_clip_like(tower):
+        from mmit.models.open_clip_encoder import clip_sources
+
+        return tuple(_HUB_TOWER + source for source in clip_sources(inner))
+    return (name,)

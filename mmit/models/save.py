@@ -1,0 +1,161 @@
+"""Write a model as one directory that transformers, vLLM and mmit open: all of it, or nothing.
+
+Everything goes into a temporary directory beside the target, which takes its place at the end. A model that
+transformers' LLaVA class cannot hold is written with the same names under mmit's own ``model_type``, and
+``mmit.json`` says why.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mmit.errors import CheckpointError
+from mmit.models import hub_files
+from mmit.models.layout import is_clip_like, tensors_of, to_disk
+from mmit.models.loaded import FORMAT, LoadedModel
+from mmit.models.weights import INDEX
+from mmit.templates import ChatTemplate
+
+SHARD_BYTES = 5 * 10**9
+"""Weights beyond this size are split over several files."""
+
+PACKAGES = ("torch", "transformers", "open_clip_torch", "deepspeed", "tokenizers", "safetensors")
+
+
+def save_model(
+    loaded: LoadedModel,
+    state: Mapping[str, Tensor] | None,
+    directory: Path | str,
+    *,
+    made_from: Mapping[str, Any],
+    template: ChatTemplate | None = None,
+) -> None:
+    """Write the model into ``directory``, replacing what is there.
+
+    state: all tensors by their names in memory, where they are not in the model itself (ZeRO); tied names may occur
+    twice. made_from: free facts for ``mmit.json`` (run, stage, base models). template: in place of the model's own.
+    Raises CheckpointError where the disk refuses; then nothing has changed.
+    """
+    directory = Path(directory)
+    fresh = directory.with_name(f".{directory.name}.writing")
+    try:
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        _write(loaded, state, fresh, made_from=made_from, template=template or loaded.template)
+        _take_place(fresh, directory)
+    except OSError as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise CheckpointError(f"cannot write the model to {directory}: {error.strerror or error}") from error
+
+
+def _write(
+    loaded: LoadedModel,
+    state: Mapping[str, Tensor] | None,
+    directory: Path,
+    *,
+    made_from: Mapping[str, Any],
+    template: ChatTemplate,
+) -> None:
+    model = loaded.model
+    names = [name for name, _ in tensors_of(model)]
+    tensors = dict(tensors_of(model)) if state is None else {name: state[name] for name in names}
+    dtype = next(tensors[name].dtype for name in names if tensors[name].is_floating_point())
+    _write_weights(to_disk(model.vision_tower, {name: t.detach().cpu() for name, t in tensors.items()}), directory)
+    _write_json(directory / "config.json", hub_files.model_config(model, pad_id=loaded.pad_id, dtype=dtype))
+    if is_clip_like(model.vision_tower):
+        _write_json(directory / "processor_config.json", hub_files.processor_config(model))
+    _write_json(directory / "preprocessor_config.json", hub_files.preprocessor_config(model.spec))
+    _write_tokenizer(loaded, template, directory)
+    _write_json(directory / "generation_config.json", _generation_config(loaded, template))
+    _write_open_clip(loaded, directory)
+    _write_json(directory / "mmit.json", _own_description(loaded, template, made_from))
+
+
+def _write_weights(tensors: dict[str, Tensor], directory: Path) -> None:
+    split = split_torch_state_dict_into_shards(
+        tensors, max_shard_size=SHARD_BYTES, filename_pattern="model{suffix}.safetensors"
+    )
+    for file, names in split.filename_to_tensors.items():
+        save_file({name: tensors[name] for name in names}, directory / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        _write_json(directory / INDEX, index)
+
+
+def _write_tokenizer(loaded: LoadedModel, template: ChatTemplate, directory: Path) -> None:
+    tokenizer = loaded.tokenizer
+    tokenizer.save_pretrained(directory)
+    (directory / "chat_template.jinja").write_text(template.jinja, encoding="utf-8")
+    file = directory / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config.pop("chat_template", None)
+    config["processor_class"] = "LlavaProcessor"
+    if str(config.get("tokenizer_class", "")).startswith("LlamaTokenizer"):
+        # transformers 5 does not save it, and 4 takes True where it is not said: other ids after every </s>
+        config["legacy"] = bool(getattr(tokenizer, "legacy", False))
+    _write_json(file, config)
+
+
+def _generation_config(loaded: LoadedModel, template: ChatTemplate) -> dict[str, Any]:
+    config: dict[str, Any] = {"eos_token_id": list(template.stop_ids), "pad_token_id": loaded.pad_id}
+    if loaded.tokenizer.bos_token_id is not None:
+        config["bos_token_id"] = loaded.tokenizer.bos_token_id
+    return config
+
+
+def _write_open_clip(loaded: LoadedModel, directory: Path) -> None:
+    """The architecture of an open_clip tower that no class of transformers holds."""
+    if loaded.encoder.get("type") != "open_clip" or is_clip_like(loaded.model.vision_tower):
+        return
+    from mmit.models.open_clip_encoder import OpenClipTower, write_open_clip_config
+
+    assert isinstance(loaded.model.vision_tower, OpenClipTower)
+    write_open_clip_config(directory, name=str(loaded.encoder["name"]), image=loaded.model.vision_tower.image)
+
+
+def _own_description(loaded: LoadedModel, template: ChatTemplate, made_from: Mapping[str, Any]) -> dict[str, Any]:
+    reason = hub_files.why_not_llava(loaded.model)
+    return {
+        "format": FORMAT,
+        "layout": "llava" if reason is None else "own",
+        **({} if reason is None else {"not_llava_because": reason}),
+        "template": template.name,
+        "text_style": loaded.style,
+        "images": loaded.model.spec.to_dict(),
+        "encoder": dict(loaded.encoder),
+        "connector": dict(loaded.connector),
+        "made_from": dict(made_from),
+        "packages": {"mmit": _version("mmit")} | {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _take_place(fresh: Path, directory: Path) -> None:
+    """Put ``fresh`` where ``directory`` is; at no moment is there half a model under that name."""
+    old = directory.with_name(f".{directory.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.exists():
+        os.rename(directory, old)
+    os.rename(fresh, directory)
+    shutil.rmtree(old, ignore_errors=True)
