@@ -127,7 +127,9 @@ def _from_sentencepiece(directory: Path) -> PreTrainedTokenizerBase:
     if chat_template.is_file():
         settings["chat_template"] = chat_template.read_text(encoding="utf-8")
     tokenizer = LlamaTokenizer(
-        vocab=vocab, merges=generate_merges(vocab, scores, skip_tokens=control), **{"legacy": False, **settings}
+        vocab=vocab,
+        merges=generate_merges(vocab, scores, skip_tokens=control),
+        **{"legacy": False, "add_bos_token": True, **settings},
     )
     decoder = config.get("added_tokens_decoder", {})
     more = {token["content"]: int(index) for index, token in decoder.items() if int(index) >= len(vocab)}

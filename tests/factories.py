@@ -37,7 +37,7 @@ def _llama_parts() -> tuple[dict[str, int], tuple[tuple[str, str], ...]]:
 def tiny_llama_tokenizer(directory: Path | str) -> PreTrainedTokenizerBase:
     """A Llama-type tokenizer (byte fallback, metaspace, ``<s>`` in front), written to ``directory``."""
     vocab, merges = _llama_parts()
-    tokenizer = LlamaTokenizer(vocab=dict(vocab), merges=list(merges), legacy=False)
+    tokenizer = LlamaTokenizer(vocab=dict(vocab), merges=list(merges), legacy=False, add_bos_token=True)
     tokenizer.save_pretrained(directory)
     file = Path(directory) / "tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "legacy": False}, indent=2))
