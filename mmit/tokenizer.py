@@ -126,11 +126,9 @@ def _from_sentencepiece(directory: Path) -> PreTrainedTokenizerBase:
     chat_template = directory / "chat_template.jinja"
     if chat_template.is_file():
         settings["chat_template"] = chat_template.read_text(encoding="utf-8")
-    tokenizer = LlamaTokenizer(
-        vocab=vocab,
-        merges=generate_merges(vocab, scores, skip_tokens=control),
-        **{"legacy": False, "add_bos_token": True, **settings},
-    )
+    defaults: dict[str, Any] = {"legacy": False, "add_bos_token": True}
+    merges = generate_merges(vocab, scores, skip_tokens=control)
+    tokenizer = LlamaTokenizer(vocab=vocab, merges=merges, **{**defaults, **settings})
     decoder = config.get("added_tokens_decoder", {})
     more = {token["content"]: int(index) for index, token in decoder.items() if int(index) >= len(vocab)}
     more.update(_json(directory / "added_tokens.json"))

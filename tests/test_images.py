@@ -98,7 +98,9 @@ def test_the_exact_route_equals_the_pil_processor_of_transformers() -> None:
 
 def test_normalising_follows_the_formula() -> None:
     levels = torch.tensor([0, 255, 128], dtype=torch.uint8).view(1, 3, 1, 1)
-    made = normalize(levels, ImageSpec(size=(1, 1), mean=(0.5,) * 3, std=(0.25,) * 3, resize="pad", tokens_per_tile=1))
+    made = normalize(
+        levels, ImageSpec(size=(1, 1), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), resize="pad", tokens_per_tile=1)
+    )
     assert made.flatten().tolist() == pytest.approx([-2.0, 2.0, (128 / 255 - 0.5) / 0.25], abs=1e-6)
 
 

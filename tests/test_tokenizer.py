@@ -40,7 +40,7 @@ def sentencepiece_directory(tmp_path_factory) -> Path:
     return directory
 
 
-TEXTS = ["a  b", "\n    return", "What is in the picture?", "Ünï 日本 🗼\r\n\tq", "     ", "x" * 40]
+TEXTS = ["a  b", "\n    return", "What is in the picture?", "Ünï 日本 🗼\r\n\tq", "a     ", "x" * 40]
 
 
 def test_a_tokenizer_model_gives_the_ids_of_sentencepiece(sentencepiece_directory: Path) -> None:
