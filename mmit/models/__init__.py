@@ -1,1 +1,46 @@
-"""Models: encoders, connectors, the vision-language model, and its directories on disk."""
+"""Models: encoders, connectors and language models composed, trained by rules, read and written.
+
+    run file --build_model--> LoadedModel        directory --load_model--> LoadedModel --save_model--> directory
+
+The names below are looked up when first used, since they need torch and transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmit.models.build import build_model
+    from mmit.models.load import find_model_directory, load_model, load_weights
+    from mmit.models.loaded import LoadedModel
+    from mmit.models.rules import TrainGroup
+    from mmit.models.save import save_model
+    from mmit.models.vlm import VisionLanguageModel
+
+_WHERE = {
+    "build": ("build_model",),
+    "load": ("find_model_directory", "load_model", "load_weights"),
+    "loaded": ("LoadedModel",),
+    "rules": ("TrainGroup",),
+    "save": ("save_model",),
+    "vlm": ("VisionLanguageModel",),
+}
+_MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
+
+__all__ = [
+    "LoadedModel",
+    "TrainGroup",
+    "VisionLanguageModel",
+    "build_model",
+    "find_model_directory",
+    "load_model",
+    "load_weights",
+    "save_model",
+]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401  (PEP 562: the type is that of the name asked for)
+    if name in _MODULE_OF:
+        return getattr(import_module(f"mmit.models.{_MODULE_OF[name]}"), name)
+    raise AttributeError(f"module 'mmit.models' has no attribute '{name}'")

@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from mmit.errors import ConfigError
+from mmit.models.language_models import token_table
 
 PACKED = "mmit_packed"
 """Name of the attention in transformers' registry."""
@@ -42,7 +43,7 @@ def boundaries(position_ids: Tensor) -> Tensor:
     return torch.stack([row, starts - row * length, ends - row * length], dim=1)[None, None]
 
 
-def packed_attention(
+def packed_attention(  # noqa: PLR0917 - transformers' signature
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -50,7 +51,7 @@ def packed_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    **others: Any,
+    **others: Any,  # noqa: ANN401 - whatever the model's layer knows: transformers' own signature
 ) -> tuple[Tensor, None]:
     """Causal attention within each sample of each row; without boundaries, transformers' sdpa.
 
@@ -121,21 +122,22 @@ def sliding_window(language_model: PreTrainedModel) -> int | None:
 def check_isolation(language_model: PreTrainedModel, *, implementation: str) -> None:
     """Raise ConfigError unless a packed sample is blind to its neighbour and the same as when it is alone.
 
-    Tried on a row of a sample of one token and a sample of two. With another first sample, the logits of the second must
-    be the same bit for bit, as shapes and operations are the same. Alone, they may differ by rounding.
+    Tried on a row of a sample of one token and a sample of two. With another first sample, the logits of the second
+    must be the same bit for bit, as shapes and operations are the same. Alone, they may differ by rounding.
     """
     device = language_model.device
-    table = language_model.get_input_embeddings()
-    rows = table.weight.shape[0]
+    table = token_table(language_model)
+    rows = table.num_embeddings
     positions = torch.tensor([[0, 0, 1]], device=device)
 
     def logits(ids: list[int], position_ids: Tensor) -> Tensor:
-        return language_model(
+        out = language_model(
             inputs_embeds=table(torch.tensor([ids], device=device)),
             position_ids=position_ids,
             attention_mask=attention_mask_for(position_ids, implementation=implementation, window=None),
             use_cache=False,
-        ).logits.float()
+        )
+        return out.logits.float()
 
     second = [rows // 3, rows // 5]
     packed = logits([rows // 2, *second], positions)[:, 1:]
@@ -145,7 +147,7 @@ def check_isolation(language_model: PreTrainedModel, *, implementation: str) -> 
     difference = float((packed - alone).abs().max())
     if not (torch.equal(packed, beside_another) and difference <= 0.1 * spread):  # bf16 rounds far below; a NaN fails
         raise ConfigError(
-            f"{type(language_model).__name__} does not keep the samples of a packed row apart (attention '{implementation}': "
-            f"logits differ by {difference:.2g} from the sample alone), so it cannot be trained; choose another language model"
+            f"{type(language_model).__name__} does not keep the samples of a packed row apart (attention "
+            f"'{implementation}': logits differ by {difference:.2g} from the sample alone); choose another model"
         )
     logger.info("attention of %s: %s", type(language_model).__name__, implementation)

@@ -22,7 +22,6 @@ from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
     PreTrainedConfig,
-    PreTrainedModel,
     SiglipConfig,
     SiglipVisionConfig,
     SiglipVisionModel,
@@ -57,6 +56,15 @@ class VisionEncoder(Protocol):
         ...
 
 
+@runtime_checkable
+class LayeredTower(Protocol):
+    """A tower that is read at one of its hidden states: ``layers`` of ``depth`` run; its class token may be dropped."""
+
+    layers: int
+    depth: int
+    drops_cls: bool
+
+
 class TransformersTower(nn.Module):
     """A CLIP or SigLIP tower, read at one hidden state.
 
@@ -64,10 +72,10 @@ class TransformersTower(nn.Module):
     the final norm), -2 the layer before it. cls: what becomes of CLIP's class token.
     """
 
-    def __init__(self, model: PreTrainedModel, *, layer: int, cls: Cls, image: ImageInput) -> None:
+    def __init__(self, model: CLIPVisionModel | SiglipVisionModel, *, layer: int, cls: Cls, image: ImageInput) -> None:
         super().__init__()
         self.model = model
-        config = model.config
+        config: Any = model.config
         self.depth = int(config.num_hidden_layers)
         self.layers = layers_to_run(layer, self.depth)
         self.has_cls = isinstance(model, CLIPVisionModel)
@@ -78,10 +86,11 @@ class TransformersTower(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Patch features (N, P, width) of normalised pixels (N, 3, H, W)."""
-        hidden = self.model.embeddings(pixels)
-        if self.has_cls:
-            hidden = self.model.pre_layrnorm(hidden)
-        for layer in self.model.encoder.layers[: self.layers]:
+        model = self.model
+        hidden = model.embeddings(pixels)
+        if isinstance(model, CLIPVisionModel):
+            hidden = model.pre_layrnorm(hidden)
+        for layer in list(model.encoder.layers)[: self.layers]:
             hidden = layer(hidden, None)
         return hidden[:, 1:] if self.drops_cls else hidden
 
@@ -118,7 +127,7 @@ def build_encoder(section: TransformersEncoder | OpenClipEncoder | CustomPart, *
 def read_tower(path: str, *, layer: int, cls: Cls, dtype: torch.dtype) -> TransformersTower:
     """The vision tower of a CLIP or SigLIP directory or hub name; a whole CLIPModel or SiglipModel serves too."""
     config = _read_config(path)
-    kinds: dict[type[PreTrainedConfig], type[PreTrainedModel]] = {
+    kinds: dict[type[PreTrainedConfig], Any] = {
         CLIPConfig: CLIPVisionModel,
         CLIPVisionConfig: CLIPVisionModel,
         SiglipConfig: SiglipVisionModel,
@@ -129,7 +138,7 @@ def read_tower(path: str, *, layer: int, cls: Cls, dtype: torch.dtype) -> Transf
             f"model.encoder.path: {path} holds a model of type '{config.model_type}'; built in are CLIP and SigLIP, "
             "another encoder is given as type: package.module:Class"
         )
-    vision = config.vision_config if isinstance(config, CLIPConfig | SiglipConfig) else config
+    vision: Any = config.vision_config if isinstance(config, CLIPConfig | SiglipConfig) else config
     model, report = kinds[type(config)].from_pretrained(path, config=vision, dtype=dtype, output_loading_info=True)
     if report["missing_keys"]:
         some = ", ".join(sorted(report["missing_keys"])[:3])
@@ -187,7 +196,7 @@ def _read_processor(path: str) -> dict[str, Any]:
         found = cached_file(path, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
     if found is None:
         raise ConfigError(
-            f"model.encoder.path: {path} has no preprocessor_config.json, so the mean and std of its pixels are unknown; "
-            "copy it from the model's origin"
+            f"model.encoder.path: {path} has no preprocessor_config.json, so the mean and std of its pixels are "
+            "unknown; copy it from the model's origin"
         )
     return json.loads(Path(found).read_text(encoding="utf-8"))

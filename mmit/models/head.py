@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 CHUNK_ELEMENTS = 2**26
 """Logits that exist at a time: 256 MiB in fp32."""
@@ -25,8 +26,13 @@ class _ChunkedNll(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, with_grad: bool
+    def forward(  # noqa: PLR0917 - torch passes them by position
+        ctx: Any,  # noqa: ANN401 - torch's context takes any attribute
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        with_grad: bool,
     ) -> Tensor:
         wants = [with_grad and needed for needed in ctx.needs_input_grad[:3]]
         grad_hidden = torch.zeros_like(hidden) if wants[0] else None
@@ -56,7 +62,7 @@ class _ChunkedNll(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # ty: ignore[invalid-method-override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         scaled = [None if gradient is None else gradient.mul_(grad) for gradient in ctx.gradients]
         ctx.gradients = ()
         return (*scaled, None, None)
@@ -91,8 +97,9 @@ def head_is_plain(language_model: PreTrainedModel) -> bool:
         return False
     seen: dict[str, Tensor] = {}
 
-    def note_backbone(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        seen["states"] = output.last_hidden_state
+    def note_backbone(_module: nn.Module, _inputs: tuple[Tensor, ...], output: BaseModelOutput) -> None:
+        if output.last_hidden_state is not None:
+            seen["states"] = output.last_hidden_state
 
     def note_head(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         seen["input"], seen["output"] = inputs[0], output

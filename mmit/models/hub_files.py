@@ -12,10 +12,11 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import CLIPVisionModel, PreTrainedModel
+from transformers import PreTrainedModel
 
 from mmit.images import ImageSpec
-from mmit.models.encoders import TransformersTower
+from mmit.models.encoders import LayeredTower, TransformersTower
+from mmit.models.language_models import token_table
 from mmit.models.layout import is_clip_like
 from mmit.models.vlm import VisionLanguageModel
 
@@ -63,6 +64,7 @@ def model_config(model: VisionLanguageModel, *, pad_id: int, dtype: torch.dtype)
     if is_llava:
         config |= {"ignore_index": -100, "projector_hidden_act": "gelu", "multimodal_projector_bias": True}
     if is_clip_like(model.vision_tower):
+        assert isinstance(model.vision_tower, LayeredTower), "all that is_clip_like knows are"
         config |= {
             "vision_config": vision_config(model.vision_tower),
             "vision_feature_layer": feature_layer(model.vision_tower),
@@ -77,7 +79,7 @@ def text_config(language_model: PreTrainedModel, *, dtype: torch.dtype) -> dict[
     for name in (*_NOISE, "quantization_config"):
         config.pop(name, None)
     config["torch_dtype"] = str(dtype).removeprefix("torch.")
-    config["vocab_size"] = language_model.get_input_embeddings().weight.shape[0]
+    config["vocab_size"] = token_table(language_model).num_embeddings
     rope = config.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:
         # transformers 4 knows only these names and falls back to 10000 without a word.
@@ -103,12 +105,12 @@ def vision_config(tower: nn.Module) -> dict[str, Any]:
     return config
 
 
-def feature_layer(tower: nn.Module) -> int:
+def feature_layer(tower: LayeredTower) -> int:
     """The hidden state that is read, counted from the end: -1 the last layer."""
-    return int(tower.layers) - int(tower.depth) - 1
+    return tower.layers - tower.depth - 1
 
 
-def select_strategy(tower: nn.Module) -> str:
+def select_strategy(tower: LayeredTower) -> str:
     """transformers' word for what becomes of the class token: ``default`` drops it, ``full`` keeps all there is."""
     return "default" if tower.drops_cls else "full"
 
@@ -116,7 +118,8 @@ def select_strategy(tower: nn.Module) -> str:
 def processor_config(model: VisionLanguageModel) -> dict[str, Any]:
     """``processor_config.json``: how many tokens transformers puts in for an image."""
     tower = model.vision_tower
-    is_siglip = isinstance(tower, TransformersTower) and not isinstance(tower.model, CLIPVisionModel)
+    assert isinstance(tower, LayeredTower), "all that is_clip_like knows are"
+    is_siglip = isinstance(tower, TransformersTower) and not tower.has_cls
     return {
         "image_token": IMAGE_TOKEN,
         "num_additional_image_tokens": 0 if is_siglip else 1,

@@ -46,7 +46,7 @@ def is_computed(stored: str) -> bool:
 
 
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a model that are stored, by name in memory: parameters (a tied one once) and persistent buffers."""
+    """The tensors that are stored, by name in memory: parameters (a tied one once) and persistent buffers."""
     stored = set(model.state_dict(keep_vars=True))
     yield from model.named_parameters()
     yield from ((name, buffer) for name, buffer in model.named_buffers() if name in stored)

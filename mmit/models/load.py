@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from pydantic import TypeAdapter
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from mmit.config import Connector as ConnectorSection
@@ -18,7 +18,16 @@ from mmit.config import CustomPart
 from mmit.errors import CheckpointError
 from mmit.images import ImageSpec
 from mmit.models.connectors import Connector, build_connector
-from mmit.models.encoders import Cls, ImageInput, VisionEncoder, build_encoder, image_input, tower_from_config
+from mmit.models.encoders import (
+    Cls,
+    ImageInput,
+    LayeredTower,
+    VisionEncoder,
+    build_encoder,
+    image_input,
+    tower_from_config,
+)
+from mmit.models.language_models import frame_language_model, token_table
 from mmit.models.loaded import FORMAT, LoadedModel
 from mmit.models.vlm import VisionLanguageModel
 from mmit.models.weights import read_into
@@ -51,7 +60,8 @@ def load_model(path: Path | str, *, dtype: torch.dtype, template: str = "own") -
     rows = int(config["text_config"].get("vocab_size", 0)) or len(prepared.tokenizer)
     if len(prepared.tokenizer) > rows:
         raise CheckpointError(
-            f"{directory}: the tokenizer (with <image> and padding) has {len(prepared.tokenizer)} tokens, the model {rows} embeddings"
+            f"{directory}: the tokenizer (with <image> and padding) has {len(prepared.tokenizer)} tokens, "
+            f"the model {rows} embeddings; they do not belong together"
         )
     frame, encoder, connector = _frame(directory, config, own, dtype=dtype)
     read_into(frame, directory)
@@ -90,7 +100,7 @@ def load_weights(model: VisionLanguageModel, path: Path | str) -> None:
     own = _read(directory / "mmit.json") if (directory / "mmit.json").is_file() else {}
     _check_kind(directory, config, own)
     tower = model.vision_tower
-    if "vision_feature_layer" in config and hasattr(tower, "depth"):
+    if "vision_feature_layer" in config and isinstance(tower, LayeredTower):
         from mmit.models.hub_files import feature_layer, select_strategy
 
         there = (
@@ -100,8 +110,8 @@ def load_weights(model: VisionLanguageModel, path: Path | str) -> None:
         here = (feature_layer(tower), select_strategy(tower))
         if there != here:
             raise CheckpointError(
-                f"{directory} reads the encoder at layer {there[0]} ({there[1]}), the run file at layer {here[0]} ({here[1]}); "
-                "make model.encoder.layer and model.encoder.cls the same"
+                f"{directory} reads the encoder at layer {there[0]} ({there[1]}), the run file at layer {here[0]} "
+                f"({here[1]}); make model.encoder.layer and model.encoder.cls the same"
             )
     read_into(model, directory)
 
@@ -127,15 +137,15 @@ def find_model_directory(path: Path | str) -> Path:
 def _check_kind(directory: Path, config: Json, own: Json) -> None:
     if "mm_vision_tower" in config:
         raise CheckpointError(
-            f"{directory} has the layout of LLaVA's original code (mm_vision_tower in config.json), which cannot be read; "
-            "models in the layout of transformers (model_type llava, safetensors) can"
+            f"{directory} has the layout of LLaVA's original code (mm_vision_tower in config.json), which cannot be "
+            "read; models in the layout of transformers (model_type llava, safetensors) can"
         )
     if int(own.get("format", 0)) > FORMAT:
         raise CheckpointError(f"{directory}/mmit.json has format {own['format']}, newer than {FORMAT}: update mmit")
     if config.get("model_type") not in ("llava", "mmit"):
         raise CheckpointError(
-            f"{directory} holds a model of type '{config.get('model_type')}'; model_type llava or a directory written by "
-            "mmit can be read"
+            f"{directory} holds a model of type '{config.get('model_type')}'; model_type llava, or a directory "
+            "written by mmit, can be read"
         )
     if "image_token_index" not in config:
         raise CheckpointError(f"{directory}/config.json lacks image_token_index")
@@ -146,19 +156,16 @@ def _frame(directory: Path, config: Json, own: Json, *, dtype: torch.dtype) -> t
     frame = nn.Module()
     with no_init_weights():
         tower, encoder = _tower(directory, config, own, dtype=dtype)
-        text = dict(config["text_config"])
-        text_config = AutoConfig.for_model(text.pop("model_type", "llama"), **text)
-        frame.language_model = AutoModelForCausalLM.from_config(text_config, dtype=dtype)
+        language_model = frame_language_model(config["text_config"], dtype=dtype)
         description = own.get("connector") or {"type": "mlp", "depth": 2}
-        hidden = frame.language_model.get_input_embeddings().weight.shape[1]
         frame.multi_modal_projector = build_connector(
             TypeAdapter(ConnectorSection).validate_python(description),
             width_in=tower.width,
-            width_out=hidden,
+            width_out=token_table(language_model).embedding_dim,
             seed=0,
             dtype=dtype,
         )
-    frame.language_model.tie_weights()
+    frame.language_model = language_model
     frame.vision_tower = tower
     return frame, encoder, dict(description)
 
@@ -201,7 +208,7 @@ def _spec(directory: Path, own: Json, image: ImageInput, *, tokens: int) -> Imag
 
 
 def _processor(directory: Path) -> Mapping[str, Any]:
-    """The image processor's settings: a file of its own (version 4), or inside ``processor_config.json`` (version 5)."""
+    """The image processor's settings: its own file (transformers 4), or part of ``processor_config.json`` (5)."""
     alone = directory / "preprocessor_config.json"
     if alone.is_file():
         return _read(alone)

@@ -93,7 +93,8 @@ def read_open_clip(name: str, pretrained: str, *, layer: int, cls: Cls, dtype: t
     tags = open_clip.list_pretrained_tags_by_model(name)
     if not Path(pretrained).is_file() and pretrained not in tags:
         raise ConfigError(
-            f"model.encoder.pretrained: '{pretrained}' is no file and no tag of {name} (tags: {', '.join(tags) or 'none'})"
+            f"model.encoder.pretrained: '{pretrained}' is no file and no tag of {name} "
+            f"(tags: {', '.join(tags) or 'none'})"
         )
     model = open_clip.create_model(name, pretrained=pretrained, weights_only=True)
     return _tower(model.visual, layer=layer, cls=cls, dtype=dtype)
@@ -116,7 +117,7 @@ def write_open_clip_config(directory: Path, *, name: str, image: ImageInput) -> 
 def clip_vision_config(tower: OpenClipTower) -> dict[str, Any] | None:
     """The ``vision_config`` of the same tower in transformers, or None where CLIPVisionModel cannot hold it."""
     visual = tower.model
-    blocks = list(visual.transformer.resblocks)
+    blocks: list[Any] = list(visual.transformer.resblocks)
     norms = [visual.ln_pre, visual.ln_post, *(norm for block in blocks for norm in (block.ln_1, block.ln_2))]
     plain_blocks = all(
         type(block) is ResidualAttentionBlock
@@ -157,12 +158,12 @@ def clip_sources(name: str) -> tuple[str, ...]:
     return (_swap(name, _RENAMED),)
 
 
-def _tower(visual: nn.Module, *, layer: int, cls: Cls, dtype: torch.dtype) -> OpenClipTower:
+def _tower(visual: object, *, layer: int, cls: Cls, dtype: torch.dtype) -> OpenClipTower:
     if not isinstance(visual, VisionTransformer):
         raise ConfigError(
-            f"model.encoder: {type(visual).__name__} of open_clip is no plain vision transformer, which is what can be read"
+            f"model.encoder: {type(visual).__name__} of open_clip is no plain vision transformer; take a ViT"
         )
-    settings: dict[str, Any] = visual.preprocess_cfg
+    settings: Any = visual.preprocess_cfg
     visual.proj = None  # the projection into the space shared with text: no hidden state depends on it
     image = ImageInput(size=visual.image_size, mean=tuple(settings["mean"]), std=tuple(settings["std"]))
     for parameter in visual.parameters():

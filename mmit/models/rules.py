@@ -47,7 +47,7 @@ def apply_rules(model: nn.Module, rules: Mapping[str, float], *, unused: Callabl
     for pattern, found in matched.items():
         if rules[pattern] > 0 and idle.issuperset(found):
             raise ConfigError(
-                f"train: the rule '{pattern}' matches only parameters behind model.encoder.layer, which nothing depends on"
+                f"train: the rule '{pattern}' matches only parameters behind model.encoder.layer, which do nothing"
             )
     trained = {name for name, rule in winner.items() if rules[rule] > 0} - idle
     for name, parameter in model.named_parameters():

@@ -70,7 +70,7 @@ class VisionLanguageModel(nn.Module):
         return self
 
     def images(self, pixels: Tensor) -> Tensor:
-        """Image tokens (N, Q, D) of uint8 tiles (N, 3, H, W); the tower runs without gradients where none of it trains."""
+        """Image tokens (N, Q, D) of uint8 tiles (N, 3, H, W); a tower that does not train runs without gradients."""
         weight = next(self.vision_tower.parameters())
         tower_trains = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and tower_trains):
@@ -155,7 +155,7 @@ class VisionLanguageModel(nn.Module):
         max_new_tokens: int,
         stop_ids: Sequence[int] = (),
     ) -> list[list[int]]:
-        """Greedy answers to several prompts at once, each (T,) ids and (N, 3, H, W) tiles; as ``generate`` one by one."""
+        """Greedy answers to several prompts, each (T,) ids and (N, 3, H, W) tiles; the same as ``generate`` gives."""
         sampling = generation.Sampling(
             max_new_tokens=max_new_tokens, temperature=0.0, top_p=1.0, stop_ids=tuple(stop_ids)
         )

@@ -1,0 +1,80 @@
+"""Causal language models of transformers: read, frame without weights, token table, more rows for more tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from mmit.errors import ConfigError
+
+ROWS_MULTIPLE = 64
+"""Token tables that must grow are padded to a multiple of this: matrix kernels like it."""
+
+
+def token_table(language_model: PreTrainedModel) -> nn.Embedding:
+    """The input embeddings: one row per token id."""
+    table = language_model.get_input_embeddings()
+    assert isinstance(table, nn.Embedding), f"{type(language_model).__name__} has no table of token embeddings"
+    return table
+
+
+def read_language_model(path: str, *, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a directory or hub name, as ``AutoModelForCausalLM`` builds it. Raises ConfigError."""
+    reader: Any = AutoModelForCausalLM
+    try:
+        model, report = reader.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise ConfigError(
+            f"model.language_model.path: {path} cannot be read as a causal language model: {first}"
+        ) from error
+    if report["missing_keys"]:
+        some = ", ".join(sorted(report["missing_keys"])[:3])
+        raise ConfigError(
+            f"model.language_model.path: {path} lacks {len(report['missing_keys'])} tensors ({some}); "
+            "they would be random, so take a complete copy"
+        )
+    return model
+
+
+def frame_language_model(text_config: Mapping[str, Any], *, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a ``text_config``, to be filled with weights; tied tensors are tied."""
+    fields = dict(text_config)
+    config = AutoConfig.for_model(fields.pop("model_type", "llama"), **fields)
+    maker: Any = AutoModelForCausalLM
+    model = maker.from_config(config, dtype=dtype)
+    model.tie_weights()
+    return model
+
+
+def check_vocabulary(path: str, tokens: int, language_model: PreTrainedModel) -> None:
+    """Raise ConfigError where a directory's tokenizer has more tokens than its model has embeddings."""
+    rows = token_table(language_model).num_embeddings
+    if tokens > rows:
+        raise ConfigError(
+            f"model.language_model.path: {path} has a tokenizer of {tokens} tokens but a model of {rows} embeddings: "
+            "they do not belong together"
+        )
+
+
+def grow_embeddings(language_model: PreTrainedModel, tokens: int) -> None:
+    """Give the language model a row for every token; a table that is large enough stays as it is.
+
+    New rows are the mean of the old ones, in the input and the output table; a tied pair stays tied.
+    """
+    rows = token_table(language_model).num_embeddings
+    if tokens <= rows:
+        return
+    language_model.resize_token_embeddings(tokens, pad_to_multiple_of=ROWS_MULTIPLE, mean_resizing=False)
+    with torch.no_grad():
+        for table in (token_table(language_model), language_model.get_output_embeddings()):
+            if not isinstance(table, nn.Embedding | nn.Linear):
+                continue
+            tensors = [table.weight] if isinstance(table, nn.Embedding) else [table.weight, table.bias]
+            for tensor in tensors:
+                if tensor is not None:
+                    tensor[rows:] = tensor[:rows].float().mean(dim=0).to(tensor.dtype)
