@@ -1,7 +1,8 @@
 """From a conversation to token ids, labels and pixels: the one way there, for training, planning and chat.
 
 The whole text goes through the tokenizer in one call, and a token is trained if and only if its last character lies in
-a trained span: pieces tokenized one by one give other ids than the text the model will see.
+a trained span: pieces tokenized one by one give other ids than the text the model will see. The one exception keeps a
+prompt what it was in training: where a token would reach from a prompt into its answer, the text is cut in two.
 
 Two styles of image places. ``hf``, for models of our own: ``<image>`` is a token of the text, as transformers'
 LlavaProcessor has it. ``llava``, for original LLaVA checkpoints: the text between images is tokenized piece by piece,
@@ -46,17 +47,14 @@ def encode(
     The start token comes once, where the tokenizer's family has one. Raises ConfigError for style ``hf`` if the
     tokenizer has no token ``<image>`` of the id ``image_id``.
     """
-    text = rendered.text
-    flags = bytearray(len(text))  # 1 where a character is trained
-    for start, end in rendered.trained:
-        flags[start:end] = b"\1" * (end - start)
-    ids, trained = (_whole if style == "hf" else _between_images)(text, flags, tokenizer, image_id)
+    text = _Text.of(rendered)
+    ids, trained = (_whole if style == "hf" else _between_images)(text, tokenizer, image_id)
     if ids.count(image_id) != len(image_tokens):
         raise ConfigError(
             f"the text has {len(image_tokens)} images but {ids.count(image_id)} tokens of id {image_id}; "
             f"the tokenizer has no {IMAGE_TEXT} of that id (prepare_tokenizer adds one)"
         )
-    start_ids = [] if _begins_with_start(text, tokenizer) else list(_habits(tokenizer).start_ids)
+    start_ids = [] if _begins_with_start(rendered.text, tokenizer) else list(_habits(tokenizer).start_ids)
     all_ids, all_trained = start_ids, [False] * len(start_ids)
     sizes = iter(image_tokens)
     for token, is_trained in zip(ids, trained, strict=True):
@@ -145,36 +143,58 @@ def _begins_with_start(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
     return isinstance(tokenizer.bos_token, str) and text.startswith(tokenizer.bos_token)
 
 
-def _whole(text: str, flags: bytearray, tokenizer: PreTrainedTokenizerBase, _: int) -> tuple[list[int], list[bool]]:
-    if not text:
+@dataclass(frozen=True)
+class _Text:
+    """A text, and for each character whether it is trained (1) and whether an answer begins there (1)."""
+
+    text: str
+    trained: bytes
+    begins: bytes
+
+    @classmethod
+    def of(cls, rendered: Rendered) -> _Text:
+        trained, begins = bytearray(len(rendered.text)), bytearray(len(rendered.text) + 1)
+        for start, end in rendered.trained:
+            trained[start:end] = b"\1" * (end - start)
+        for start in rendered.answers:
+            begins[start] = 1
+        return cls(rendered.text, bytes(trained), bytes(begins[:-1]))
+
+    def part(self, start: int, end: int) -> _Text:
+        return _Text(self.text[start:end], self.trained[start:end], self.begins[start:end])
+
+
+def _whole(text: _Text, tokenizer: PreTrainedTokenizerBase, _: int) -> tuple[list[int], list[bool]]:
+    if not text.text:
         return [], []
-    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    found = tokenizer(text.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = found["input_ids"], found["offset_mapping"]
-    across = [(s, e) for s, e in offsets if e - s > 1 and flags[e - 1] and not flags[s]]
-    if across and not _habits(tokenizer).swallows_space:
-        # A token that begins in a prompt and ends in its answer is none the model could ever be asked for: cut there.
-        cuts = sorted({next(k for k in range(s, e) if flags[k]) for s, e in across})
-        pieces = [_whole(text[a:b], flags[a:b], tokenizer, 0) for a, b in pairwise([0, *cuts, len(text)])]
-        return [i for ids, _ in pieces for i in ids], [t for _, trained in pieces for t in trained]
-    return ids, [bool(flags[max(e - 1, s)]) if s < len(flags) else False for s, e in offsets]
+    cuts = sorted({text.begins.find(1, start + 1, end) for start, end in offsets} - {-1})
+    if cuts and not _habits(tokenizer).swallows_space:
+        parts = [_whole(text.part(a, b), tokenizer, 0) for a, b in pairwise([0, *cuts, len(text.text)])]
+        return [i for ids, _ in parts for i in ids], [t for _, trained in parts for t in trained]
+    trained = [
+        bool(text.trained[max(end - 1, start)]) if start < len(text.trained) else False for start, end in offsets
+    ]
+    if cuts:  # a text cannot be cut where the tokenizer would put a space before the rest; the token is the prompt's
+        trained = [t and text.begins.find(1, s + 1, e) < 0 for t, (s, e) in zip(trained, offsets, strict=True)]
+    return ids, trained
 
 
-def _between_images(
-    text: str, flags: bytearray, tokenizer: PreTrainedTokenizerBase, image_id: int
-) -> tuple[list[int], list[bool]]:
+def _between_images(text: _Text, tokenizer: PreTrainedTokenizerBase, image_id: int) -> tuple[list[int], list[bool]]:
     ids: list[int] = []
     trained: list[bool] = []
     start = 0
-    for number, chunk in enumerate(text.split(IMAGE_TEXT)):
+    for number, chunk in enumerate(text.text.split(IMAGE_TEXT)):
         if number:
             ids.append(image_id)
             trained.append(False)
-        marks = flags[start : start + len(chunk)]
+        part = text.part(start, start + len(chunk))
         start += len(chunk) + len(IMAGE_TEXT)
         if chunk.startswith(" ") and _habits(tokenizer).swallows_space:
             # The reference always puts its space in front; transformers 5 leaves it out before a text with one.
-            chunk, marks = " " + chunk, marks[:1] + marks  # noqa: PLW2901
-        more_ids, more_trained = _whole(chunk, marks, tokenizer, image_id)
+            part = _Text(" " + chunk, part.trained[:1] + part.trained, b"\0" + part.begins)
+        more_ids, more_trained = _whole(part, tokenizer, image_id)
         ids += more_ids
         trained += more_trained
     return ids, trained

@@ -5,7 +5,7 @@ one of those built in (``chat_templates/``). Text and spans are born together. A
 with ``{% generation %}``; of any other the answers are found by rendering the conversation up to each of them, which
 also shows whether the template keeps its word: what the model reads before it answers is what it was trained on.
 
-Which conversations can be rendered, and what becomes of odd ones, is said in turns.py, for all templates alike.
+What becomes of odd conversations is said in turns.py, for all templates alike.
 """
 
 from __future__ import annotations
@@ -52,17 +52,21 @@ _BUILT_IN: dict[str, tuple[str, tuple[str, ...]]] = {
 BUILT_IN_TEMPLATES = tuple(_BUILT_IN)
 """Names that ``ChatTemplate.load`` knows beside ``own`` and paths of Jinja files."""
 
+_NAMES = ", ".join(BUILT_IN_TEMPLATES)
+
 
 @dataclass(frozen=True)
 class Rendered:
     """A conversation as text. Each image stands in it as ``<image>``.
 
     trained: spans (start, end) of characters that the loss looks at, in order; none in the prompt for a reply.
+    answers: where each answer begins, trained or not; no token may reach across, for a prompt ends there.
     dropped_turns: assistant turns before the first user turn that were left out.
     """
 
     text: str
     trained: tuple[Span, ...]
+    answers: tuple[int, ...] = ()
     dropped_turns: int = 0
 
 
@@ -95,8 +99,7 @@ class ChatTemplate:
         if name_or_path == "own":
             source = tokenizer.chat_template
             if not isinstance(source, str):
-                names = ", ".join(BUILT_IN_TEMPLATES)
-                raise ConfigError(f"the tokenizer has no chat template of its own; name a template: {names}")
+                raise ConfigError(f"the tokenizer has no chat template of its own; name one of {_NAMES}")
         else:
             source = _read(name_or_path)
         known = next((name for name in BUILT_IN_TEMPLATES if built_in_source(name) == source), None)
@@ -155,8 +158,10 @@ class ChatTemplate:
             text, marked = _render(self.jinja, messages, dict(self.variables), reply=reply)
             if self.is_built_in:
                 spans = marked
+            elif reply:
+                spans = self._earlier_answers(text, messages)
             else:
-                spans = [] if reply else self._answers(text, marked, messages, turns, conversation.id)
+                spans = self._answers(text, marked, messages, turns, conversation.id)
         except TemplateError as error:
             raise DataError(
                 f"record '{conversation.id}': the chat template '{self.name}' refuses it: {error}"
@@ -167,18 +172,25 @@ class ChatTemplate:
                 f"record '{conversation.id}' has {images} images in its turns, but the chat template '{self.name}' "
                 f"wrote {text.count(IMAGE_TEXT)} {IMAGE_TEXT}; choose a template that writes one for each image"
             )
+        starts = tuple(start for start, _ in spans)
         if reply:
-            return Rendered(text, (), dropped)
+            return Rendered(text, (), starts, dropped)
         answers = [turn for _, turn in turns if turn.role == "assistant"]
         assert len(answers) == len(spans), f"{len(answers)} answers, {len(spans)} spans"
         trained = tuple(span for turn, span in zip(answers, spans, strict=True) if turn.is_trained)
-        return Rendered(text, trained, dropped)
+        return Rendered(text, trained, starts, dropped)
 
     def _message(self, turn: Message) -> dict[str, Any]:
         if not self.takes_parts:
             return {"role": turn.role, "content": as_text(turn.content)}
         parts = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in turn.content]
         return {"role": turn.role, "content": parts}
+
+    def _earlier_answers(self, text: str, messages: list[dict[str, Any]]) -> list[Span]:
+        """Where the answers of a prompt begin, as far as the template keeps to what it wrote before them."""
+        indices = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        prompts = [_render(self.jinja, messages[:index], dict(self.variables), reply=True)[0] for index in indices]
+        return [(len(prompt), len(prompt)) for prompt in prompts if text.startswith(prompt)]
 
     def _answers(
         self, text: str, marked: list[Span], messages: list[dict[str, Any]], turns: Sequence[Turn], record: str
@@ -227,8 +239,7 @@ def built_in_source(name: str) -> str:
 def _read(path: str) -> str:
     file = Path(path).expanduser()
     if file.suffix != ".jinja" or not file.is_file():
-        names = ", ".join(BUILT_IN_TEMPLATES)
-        raise ConfigError(f"template '{path}' is neither a file *.jinja nor one of own, {names}")
+        raise ConfigError(f"template '{path}' is neither a file *.jinja nor one of own, {_NAMES}")
     return file.read_text(encoding="utf-8")
 
 
@@ -284,8 +295,6 @@ def _probe(name: str, source: str, variables: dict[str, str], control: frozenset
             break
     else:
         raise ConfigError(f"the chat template '{name}' does not write the text of a question and its answer")
-    rest = after.strip()
+    rest = after.strip() or after.strip(" ")  # a line feed can end an answer, a space cannot
     end = next((token for token in sorted(control, key=len, reverse=True) if rest.startswith(token)), rest)
-    if not end and "\n" in after:
-        end = after.strip(" ")
     return takes_parts, end

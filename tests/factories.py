@@ -6,7 +6,7 @@ import json
 from functools import cache
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 CORPUS = (
@@ -16,6 +16,12 @@ CORPUS = (
     "What colour is the circle? The circle is red. The square is blue, the triangle is green and yellow.",
     "What is in the picture? A red bus parked next to a tree. How many? One. Two. Three. Describe the image.",
     "You are a helpful assistant. Human: Assistant: user model assistant",
+)
+
+# How Qwen2 splits a text before merging: line feeds stay together, digits apart.
+QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
@@ -47,12 +53,17 @@ def tiny_llama_tokenizer(directory: Path | str) -> PreTrainedTokenizerBase:
 def tiny_qwen_tokenizer(directory: Path | str) -> PreTrainedTokenizerBase:
     """A Qwen-type tokenizer (byte-level BPE, no start token), written to ``directory``."""
     trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     trained.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    trained.train_from_iterator(CORPUS, trainer)
+    trained.train_from_iterator([*CORPUS, "A list:\n\n- one\n- two\n\n\nAnd  more.\n\n"], trainer)
     trained.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=trained,

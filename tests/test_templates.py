@@ -306,7 +306,7 @@ def test_answers_stop_at_their_end_token() -> None:
 def test_an_answer_before_the_first_question_is_left_out_and_counted() -> None:
     rendered = template("mistral").render(talk(answer("Hello, I am here."), user("Hi"), answer("Yo")))
     # "[INST] Hi [/INST]" has 17 characters, " Yo </s>" has 8.
-    assert rendered == Rendered("[INST] Hi [/INST] Yo </s>", ((17, 25),), dropped_turns=1)
+    assert rendered == Rendered("[INST] Hi [/INST] Yo </s>", ((17, 25),), answers=(17,), dropped_turns=1)
 
 
 def test_an_empty_answer_trains_its_end_alone() -> None:
