@@ -1,0 +1,164 @@
+"""Samples packed into a row must not see each other. The leak that transformers' defaults give is shown beside it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from mmit.errors import ConfigError
+from mmit.models.attention import (
+    PACKED,
+    attention_mask_for,
+    boundaries,
+    check_isolation,
+    choose_attention,
+    sliding_window,
+)
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "initializer_range": 0.3,
+}
+LENGTHS = (9, 1, 6)
+# fp32: only the order of sums within attention may differ between a long and a short call
+ROUNDING = 1e-5
+
+
+def llama() -> PreTrainedModel:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+
+
+def qwen2() -> PreTrainedModel:
+    torch.manual_seed(0)
+    return Qwen2ForCausalLM(Qwen2Config(**SIZES)).eval()
+
+
+def mistral() -> PreTrainedModel:
+    """Looks back on four tokens, fewer than the longest sample has."""
+    torch.manual_seed(0)
+    return MistralForCausalLM(MistralConfig(**SIZES, sliding_window=4)).eval()
+
+
+def gemma2() -> PreTrainedModel:
+    """Soft-capped scores: no attention of ours."""
+    torch.manual_seed(0)
+    return Gemma2ForCausalLM(Gemma2Config(**SIZES, sliding_window=4)).eval()
+
+
+FAMILIES = {"llama": llama, "qwen2": qwen2, "mistral": mistral, "gemma2": gemma2}
+
+
+def samples() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 64, (length,), generator=generator) for length in LENGTHS]
+
+
+def packed_row(pieces: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Ids and positions of one row; repeated below with the samples in another order as a second row."""
+    return torch.cat(pieces), torch.cat([torch.arange(len(piece)) for piece in pieces])
+
+
+@torch.no_grad()
+def logits_alone(model: PreTrainedModel, pieces: list[Tensor]) -> list[Tensor]:
+    return [model(input_ids=piece[None], use_cache=False).logits[0] for piece in pieces]
+
+
+def worst(packed: Tensor, alone: list[Tensor]) -> float:
+    parts = packed.split([len(piece) for piece in alone])
+    return max(float((part - one).abs().max()) for part, one in zip(parts, alone, strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_packed_rows_equal_separate_runs(family: str) -> None:
+    model = FAMILIES[family]()
+    pieces = samples()
+    alone = logits_alone(model, pieces)
+    implementation = choose_attention(model)
+    assert implementation == ("eager" if family == "gemma2" else PACKED)
+    model.set_attn_implementation(implementation)
+    rows = [packed_row(pieces), packed_row(pieces[::-1])]
+    ids, positions = (torch.stack(column) for column in zip(*rows, strict=True))
+    mask = attention_mask_for(positions, implementation=implementation, window=sliding_window(model))
+    logits = model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).logits
+    assert worst(logits[0], alone) < ROUNDING
+    assert worst(logits[1], alone[::-1]) < ROUNDING
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@torch.no_grad()
+def test_transformers_defaults_let_packed_samples_see_each_other(implementation: str) -> None:
+    model = llama()
+    model.set_attn_implementation(implementation)
+    pieces = samples()
+    alone = logits_alone(model, pieces)
+    ids, positions = (part[None] for part in packed_row(pieces))
+    right = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
+    default_cache = model(input_ids=ids, position_ids=positions).logits[0]
+    ones = torch.ones_like(ids)
+    mask_of_ones = model(input_ids=ids, position_ids=positions, attention_mask=ones, use_cache=False).logits[0]
+    assert worst(right, alone) < ROUNDING
+    assert worst(default_cache, alone) > 0.1  # not rounding: ten thousand times the tolerance
+    assert worst(mask_of_ones, alone) > 0.1
+
+
+def test_gradients_of_a_packed_row_are_the_sum_of_the_separate_ones() -> None:
+    model = qwen2().train()
+    pieces = samples()
+    for piece in pieces:
+        model(input_ids=piece[None], use_cache=False).logits.logsumexp(-1).sum().backward()
+    separate = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.set_attn_implementation(PACKED)
+    ids, positions = (part[None] for part in packed_row(pieces))
+    for recompute in (False, True):
+        model.zero_grad()
+        if recompute:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        mask = attention_mask_for(positions, implementation=PACKED, window=None)
+        logits = model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).logits
+        logits.logsumexp(-1).sum().backward()
+        for name, parameter in model.named_parameters():
+            scale = float(separate[name].abs().max())
+            assert float((parameter.grad - separate[name]).abs().max()) < 1e-5 * max(1.0, scale), name
+
+
+def test_boundaries_name_every_sample_of_every_row() -> None:
+    positions = torch.tensor([[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]])
+    assert boundaries(positions)[0, 0].tolist() == [[0, 0, 3], [0, 3, 5], [1, 0, 1], [1, 1, 5]]
+
+
+def test_a_model_that_mixes_samples_is_refused() -> None:
+    torch.manual_seed(0)
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)).eval()
+    with pytest.raises(ConfigError, match="BloomForCausalLM does not keep the samples of a packed row apart"):
+        check_isolation(bloom, implementation=choose_attention(bloom))
+
+
+def test_attention_that_looks_at_everything_is_refused() -> None:
+    model = llama()
+    model.set_attn_implementation("sdpa")
+    check_isolation(model, implementation="sdpa")
+    model.config.is_causal = False
+    with pytest.raises(ConfigError, match="does not keep"):
+        check_isolation(model, implementation="sdpa")
