@@ -139,7 +139,7 @@ def _write_job(conversion: Conversion, reader: Reader, partial: Path, job: int, 
                 try:
                     conversation = reader.read(row)
                     if conversion.verify == "decode":
-                        _decode_all(conversation.images)
+                        decode_all(conversation.images)
                 except SampleError as error:
                     bad.append(_bad(reader, conversion, row, error))
                 else:
@@ -163,7 +163,8 @@ def _write_job(conversion: Conversion, reader: Reader, partial: Path, job: int, 
     return done
 
 
-def _decode_all(images: tuple[bytes, ...]) -> None:
+def decode_all(images: tuple[bytes, ...]) -> None:
+    """Decode pictures as training does. Raises SampleError for one that is damaged."""
     for number, image in enumerate(images):
         try:
             _DECODING.prepare(image)

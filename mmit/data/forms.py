@@ -1,14 +1,14 @@
 """The forms in which conversations are published, turned into messages and image references.
 
 One function per form; each takes a parsed JSON object and knows no files. ``<image>`` placeholders become image parts
-here, once, and never live in text afterwards: line breaks next to one belong to the placeholder and go with it.
+here, once, and never live in text afterwards. Line breaks between pictures that open a turn and its text go with the
+placeholders: the chat template writes its own there.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +48,9 @@ Parse = Callable[[Mapping[str, Any]], Record]
 def llava(record: Mapping[str, Any]) -> Record:
     """LLaVA's form: ``{"id", "image": absent | path | [paths], "conversations": [{"from", "value"}]}``.
 
-    A record whose image has no placeholder gets it in front of the first user turn. Raises SampleError.
+    As in LLaVA's own code, the one picture of a turn stands in front of its text, wherever the placeholder was; several
+    keep their places. A record whose images have no placeholder gets them in front of the first user turn.
+    Raises SampleError.
     """
     turns = _list_of_objects(record, "conversations")
     images = _image_list(record)
@@ -56,7 +58,7 @@ def llava(record: Mapping[str, Any]) -> Record:
     if isinstance(record.get("system"), str) and record["system"]:
         texts.insert(0, ("system", record["system"]))
     places = _Places(images)
-    messages = [Message(role=role, content=places.split(_string(text, role))) for role, text in texts]
+    messages = [Message(role=role, content=_image_first(places.split(_string(text, role)))) for role, text in texts]
     return Record(
         messages=checked_turns(places.settled(messages)),
         images=tuple(places.images),
@@ -103,9 +105,10 @@ def caption(record: Mapping[str, Any], prompt: str = "") -> Record:
 
 
 def checked_turns(turns: list[Message]) -> tuple[Message, ...]:
-    """The turns, if they are an optional system message and then user and assistant in turn, none empty.
+    """The turns, if there is an answer to a question among them, none is empty, and the two sides take turns.
 
-    Raises SampleError. Nothing is repaired: a turn dropped in silence would change what is learned.
+    A system message may stand first, and answers before the first question and a question without an answer at the end
+    are let through: the chat template leaves them untrained. Raises SampleError; nothing is repaired.
     """
     try:
         "".join(turn.text for turn in turns).encode("utf-8")
@@ -115,14 +118,22 @@ def checked_turns(turns: list[Message]) -> tuple[Message, ...]:
     for number, turn in enumerate(turns):
         if not any(isinstance(part, ImageRef) or part.strip() for part in turn.content):
             raise SampleError(f"turn {number + 1} ({turn.role}) is empty")
-        wanted = ("user", "assistant")[(number - start) % 2]
-        if number >= start and turn.role != wanted:
-            raise SampleError(f"turn {number + 1} is the {turn.role}'s where the {wanted}'s was expected")
-    if len(turns) < start + 2:
-        raise SampleError("there is no answer to learn from")
-    if turns[-1].role != "assistant":
-        raise SampleError("the last turn is the user's: it has no answer")
+        if number >= start and turn.role == "system":
+            raise SampleError(f"turn {number + 1} is the system's; it may only stand first")
+        if number > start and turn.role == turns[number - 1].role:
+            raise SampleError(f"turns {number} and {number + 1} are both the {turn.role}'s")
+    roles = [turn.role for turn in turns[start:]]
+    if "user" not in roles or "assistant" not in roles[roles.index("user") :]:
+        raise SampleError("there is no question with an answer to learn from")
     return tuple(turns)
+
+
+def _image_first(content: tuple[Part, ...]) -> tuple[Part, ...]:
+    pictures = [part for part in content if isinstance(part, ImageRef)]
+    if len(pictures) != 1 or content[0] == pictures[0]:
+        return content
+    text = "".join(part for part in content if isinstance(part, str)).strip()
+    return (pictures[0], text) if text else (pictures[0],)
 
 
 class _Places:
@@ -135,12 +146,14 @@ class _Places:
 
     def split(self, text: str) -> tuple[Part, ...]:
         """A text with its placeholders turned into image parts."""
-        pieces = re.split(rf"\n*{IMAGE_MARK}\n*", text)
-        parts: list[Part] = [pieces[0]] if pieces[0] else []
-        for piece in pieces[1:]:
+        first, *others = text.split(IMAGE_MARK)
+        parts: list[Part] = [first] if first.strip("\n") or not others else []
+        for piece in others:
             parts.append(self._next())
-            if piece:
-                parts.append(piece)
+            opens = all(isinstance(part, ImageRef) for part in parts)
+            words = piece.lstrip("\n") if opens else piece
+            if words:
+                parts.append(words)
         return tuple(parts)
 
     def parts(self, content: list[Any], role: Role) -> tuple[Part, ...]:

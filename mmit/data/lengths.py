@@ -162,7 +162,9 @@ def _cut(
 ) -> tuple[int, int, int, int]:
     """The row of a too long sample after as few turns as needed were left out; zeros where nothing fits."""
     whole = shards.read_text(number)
-    for turns in range(len(whole.messages) - 2, 1, -2):
+    for turns in range(len(whole.messages) - 1, 1, -1):
+        if whole.messages[turns - 1].role != "assistant":
+            continue
         shorter = cut_turns(whole, turns)
         try:
             tokens, trained = measure(shorter)

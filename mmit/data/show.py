@@ -1,0 +1,70 @@
+"""Look at samples as the model will see them: trained tokens coloured, runs of image tokens folded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rich.text import Text
+
+from mmit.conversation import Conversation
+from mmit.data.faults import SampleError
+from mmit.data.shard_set import ShardSet, open_source
+from mmit.encoding import Style, encode_conversation, show_tokens
+from mmit.errors import DataError
+from mmit.images import ImageSpec
+from mmit.templates import ChatTemplate
+from mmit.tokenizer import load_tokenizer, prepare_tokenizer
+
+TRAINED = "bold green"
+NOT_TRAINED = "dim"
+
+
+def show(
+    source: str | Path,
+    *,
+    tokenizer: str,
+    template: str = "own",
+    style: Style = "hf",
+    image_tokens: int = 576,
+    samples: Sequence[int] = (0,),
+) -> Iterator[Text]:
+    """Each of ``samples`` of the shards at ``source``, for rich to print: a line of facts, then its tokens.
+
+    tokenizer: directory or hub name. image_tokens: of one picture (576 is CLIP ViT-L/14 at 336 pixels).
+    samples: numbers from 0. Raises DataError for a number that is not there and for a sample that cannot be used.
+    """
+    shards = open_source(source)
+    prepared = prepare_tokenizer(load_tokenizer(tokenizer))
+    chat = ChatTemplate.load(template, prepared.tokenizer)
+    spec = ImageSpec(
+        size=(1, 1), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), resize="squash", tokens_per_tile=image_tokens
+    )
+    for number in samples:
+        if not 0 <= number < len(shards):
+            raise DataError(f"{source}: there is no sample {number}; the shards hold 0 to {len(shards) - 1}")
+        conversation = _read(shards, number)
+        encoded = encode_conversation(
+            conversation,
+            template=chat,
+            tokenizer=prepared.tokenizer,
+            spec=spec,
+            image_id=prepared.image_id,
+            style=style,
+            pixels=False,
+        )
+        shard, key = shards.place(number)
+        sizes = ", ".join(f"{width} x {height}" for width, height in conversation.sizes) or "none"
+        text = Text(f"sample {number}: {shard} {key} ({conversation.id}); images: {sizes}; ")
+        text.append(f"{encoded.length} tokens, {encoded.trained_tokens} trained\n")
+        for piece, is_trained in show_tokens(encoded, prepared.tokenizer, image_id=prepared.image_id):
+            text.append(piece, style=TRAINED if is_trained else NOT_TRAINED)
+        yield text
+
+
+def _read(shards: ShardSet, number: int) -> Conversation:
+    try:
+        return shards.read_text(number)
+    except SampleError as error:
+        shard, key = shards.place(number)
+        raise DataError(f"{shard}: {key}: {error}") from None
