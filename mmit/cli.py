@@ -46,7 +46,11 @@ def main() -> None:
 
 
 @app.callback(invoke_without_command=True)
-def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _before_any_verb(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
+) -> None:
+    del local_rank  # DeepSpeed's launcher puts it in front of the verb; the environment says the same
     if version:
         typer.echo(f"mmit {__version__}")
         raise typer.Exit
@@ -59,10 +63,8 @@ def train(
     stage: Annotated[str | None, typer.Option(help="Train this stage only.")] = None,
     ranks: Annotated[int | None, typer.Option(min=1, help="Processes to start; else one per device.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start again: removes what the stage has so far.")] = False,
-    local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
 ) -> None:
     """Train the stages of a run file in order; the same command continues an interrupted run."""
-    del local_rank  # DeepSpeed's launcher passes it; the environment says the same
     from mmit.config import load_config
     from mmit.distributed import is_launched, set_up_logging
     from mmit.train.launch import check_stages, run_stages
@@ -97,5 +99,3 @@ def config_schema() -> None:
     from mmit.config_file import json_schema
 
     typer.echo(json.dumps(json_schema(), indent=2))
-
-

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -53,9 +54,10 @@ def save_model(
         fresh.mkdir(parents=True)
         _write(loaded, state, fresh, made_from=made_from, template=template or loaded.template)
         _take_place(fresh, directory)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(fresh, ignore_errors=True)
-        raise CheckpointError(f"cannot write the model to {directory}: {error.strerror or error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"cannot write the model to {directory}: {reason}") from error
 
 
 def _write(

@@ -116,17 +116,17 @@ def collectively(action: Callable[[], None], *, what: Path) -> None:
     try:
         action()
     except OSError as error:
-        reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)
+        reason = f"{what}: not written: {'the disk is full' if error.errno == errno.ENOSPC else error}"
     except RuntimeError as error:
         # torch.save reports a failed write as RuntimeError, without its errno
         if "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
             raise
-        reason = "a file could not be written whole, as on a full disk"
+        reason = f"{what}: a file could not be written whole, as on a full disk"
     except CheckpointError as error:
         reason = str(error)
     failed = all_reduce_sum(torch.tensor([int(bool(reason))], device=device()))
     if int(failed):
-        raise CheckpointError(f"{what}: not written: {reason or 'another rank could not write'}")
+        raise CheckpointError(reason or f"{what}: not written, another rank could not write its part")
 
 
 def _make_empty(partial: Path) -> None:
@@ -161,7 +161,8 @@ def load_engine(checkpoint: Path, engine: Engine) -> None:
         path, _ = engine.deepspeed.load_checkpoint(str(checkpoint / "engine"), tag="state", load_module_strict=False)
     except (OSError, RuntimeError, KeyError, ValueError, EOFError) as error:
         raise CheckpointError(
-            f"{checkpoint}: the state of the optimizer cannot be read ({error}); remove this folder to continue from the one before"
+            f"{checkpoint}: the state of the optimizer cannot be read ({error}); "
+            "remove this folder to continue from the one before"
         ) from error
     if path is None:
         raise CheckpointError(

@@ -36,6 +36,8 @@ def device() -> torch.device:
 
 def init_process_group() -> None:
     """Join the other ranks: NCCL between GPUs, gloo between CPU ranks."""
+    # Only inference uses this op; building it takes a compiler and most of a minute on a machine without a GPU.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if get_accelerator().device_name() == "cuda":
         from mmit.distributed import local_rank
 
@@ -168,7 +170,8 @@ class Engine:
         is_first = torch.distributed.get_rank() == 0
         if self.zero_stage < 3:
             return dict(self.module.state_dict()) if is_first else {}
-        state = dict(self.module.named_buffers()) if is_first else {}
+        kept = self.module.state_dict().keys()  # buffers that are not persistent belong to no checkpoint
+        state = {name: buffer for name, buffer in self.module.named_buffers() if is_first and name in kept}
         for name, parameter in self.module.named_parameters(remove_duplicate=False):
             with deepspeed.zero.GatheredParameters([parameter]):
                 if is_first:

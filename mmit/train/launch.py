@@ -1,10 +1,12 @@
 """Starting the ranks: each stage of a run in its own launch over all local devices, or over CPU ranks.
 
-The children are the same command with a rank in the environment, so that ``deepspeed`` or ``torchrun`` can start them too.
+The children are the same command with a rank in the environment, so that ``deepspeed`` or ``torchrun`` can start them
+too.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -69,9 +71,11 @@ def _launch(arguments: Sequence[str], *, ranks: int, threads: int, stage: str) -
         return
     if any(code == EXIT_INTERRUPTED for code in codes):
         raise Interrupted(f"stage {stage}: stopped and saved; the same command continues it")
-    if told:
-        raise TrainingError("\n".join(told))
     died = watch.first_to_fail if watch.first_to_fail is not None else 0
+    if told:
+        failure = TrainingError("\n".join(told))
+        failure.exit_code = max(codes[died], 1)
+        raise failure
     raise TrainingError(
         f"stage {stage}: rank {died} ended with {_named(codes[died])}; "
         "the same command continues from the last complete checkpoint"
@@ -155,6 +159,13 @@ def note_error(message: str) -> bool:
         return False
     Path(folder, f"{os.environ.get('RANK', '0')}.error").write_text(message, encoding="utf-8")
     return True
+
+
+def end_with_launcher() -> None:
+    """Ask Linux for a SIGTERM when the launching process is gone, so that a killed launcher leaves no rank behind."""
+    if sys.platform == "linux" and ERRORS_VARIABLE in os.environ:
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 def check_stages(config: RunConfig, asked: str | None) -> list[str]:

@@ -1,7 +1,7 @@
 """The loop: one optimizer step after another, until the plan ends or somebody asks to stop.
 
-A step starts with one all-reduce of a few integers (trained tokens, samples, the wish to stop); the exact mean needs the
-first before any backward pass, and all ranks must agree on the last.
+A step starts with one all-reduce of a few integers (trained tokens, samples, the wish to stop): the exact mean needs
+the first before any backward pass, and all ranks must agree on the last.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from mmit.train.optim import LearningRate
 
 if TYPE_CHECKING:
     from mmit.data import Loader, StepBatches
+    from mmit.train.feed import SkippedRecord
 
 
 class StopRequest:
@@ -80,6 +81,7 @@ def train_steps(
     engine: Engine,
     schedule: LearningRate,
     recorder: Recorder | None,
+    skipped: SkippedRecord,
     *,
     stop: StopRequest,
     seed: int,
@@ -93,11 +95,13 @@ def train_steps(
     for step, wait in _timed(iter(loader)):
         started = time.perf_counter() - wait
         counts = Counts.of(step, stop=stop.asked)
+        skipped.note(step.skipped, step=step.step + 1)
         if counts.stops:
             return False
         if counts.trained_tokens == 0:
             raise TrainingError(
-                f"step {step.step + 1} has no trained token on any rank: {counts.samples} samples, {counts.skipped} skipped; "
+                f"step {step.step + 1} has no trained token on any rank: {counts.samples} samples, "
+                f"{counts.skipped} skipped; "
                 "see the skipped records in the log, and the labels with `mmit data show`"
             )
         torch.manual_seed(_step_seed(seed, step.step))

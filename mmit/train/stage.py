@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 
 from mmit.config import RunConfig, Stage
 from mmit.config_file import resolved_yaml
 from mmit.distributed import barrier, is_launched, logger, rank, set_up_logging, world_size
 from mmit.errors import ConfigError, Interrupted
+from mmit.train.launch import end_with_launcher
 
 if TYPE_CHECKING:
     from mmit.models import LoadedModel
@@ -54,12 +56,14 @@ def _prepare_process() -> None:
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would warn that it found none
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()  # one bar per rank and file would bury the log
+    end_with_launcher()
 
 
 def _train(config: RunConfig, name: str, *, stop: StopRequest, fresh: bool) -> Path:
     from mmit.train import checkpoint
     from mmit.train.engine import resolve_precision
-    from mmit.train.feed import make_feed
+    from mmit.train.feed import SkippedRecord, make_feed
     from mmit.train.loop import train_steps
     from mmit.train.metrics import Recorder
     from mmit.train.optim import LearningRate
@@ -129,6 +133,7 @@ def _train(config: RunConfig, name: str, *, stop: StopRequest, fresh: bool) -> P
             engine,
             schedule,
             recorder,
+            SkippedRecord(folder),
             stop=stop,
             seed=config.seed,
             after_step=after_step,
@@ -140,7 +145,6 @@ def _train(config: RunConfig, name: str, *, stop: StopRequest, fresh: bool) -> P
     finally:
         if recorder is not None:
             recorder.close()
-        feed.report_skipped()
 
 
 def _open_folder(folder: Path, config: RunConfig, *, fresh: bool) -> None:
@@ -168,7 +172,7 @@ def _build(config: RunConfig, name: str, *, dtype: torch.dtype) -> LoadedModel:
             raise ConfigError(f"stages.{name}.init_from: stage '{source}' has not been trained; {directory} is missing")
     else:
         directory = find_model_directory(Path(source))
-    load_weights(loaded, directory)
+    load_weights(loaded.model, directory)
     logger.info("weights from %s", directory)
     return loaded
 

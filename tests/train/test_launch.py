@@ -25,7 +25,9 @@ def test_all_codes_are_told_when_all_end_well() -> None:
 
 def test_the_others_are_ended_when_one_dies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mmit.train.launch.AFTER_A_DEATH_SECONDS", 0.2)
-    watch = _Watch([child("import time; time.sleep(60)"), child("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")])
+    watch = _Watch(
+        [child("import time; time.sleep(60)"), child("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")]
+    )
     started = time.monotonic()
     assert watch.wait() == [-signal.SIGKILL, -signal.SIGKILL]
     assert watch.first_to_fail == 1
@@ -37,8 +39,9 @@ def test_a_signal_is_passed_on_once_and_the_children_may_finish(tmp_path: Path) 
     script.write_text(
         "import subprocess, sys\n"
         "from mmit.train.launch import _Watch\n"
-        "code = \"import signal, sys, time\\n\"\n"
-        "code += \"signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\\nprint('ready', flush=True)\\ntime.sleep(60)\"\n"
+        'code = "import signal, sys, time\\n"\n'
+        'code += "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\\n"\n'
+        "code += \"print('ready', flush=True)\\ntime.sleep(60)\"\n"
         "children = [subprocess.Popen([sys.executable, '-c', code], start_new_session=True) for _ in range(2)]\n"
         "print(_Watch(children).wait(), flush=True)\n"
     )

@@ -62,7 +62,11 @@ def test_the_curve_is_svg_with_a_point_per_step(tmp_path: Path) -> None:
 
 
 def test_a_falling_loss_is_drawn_from_top_left_to_bottom_right() -> None:
-    points = ET.fromstring(loss_svg([(1, 4.0), (2, 1.0)])).findall("{http://www.w3.org/2000/svg}polyline")[0].attrib["points"]
+    points = (
+        ET.fromstring(loss_svg([(1, 4.0), (2, 1.0)]))
+        .findall("{http://www.w3.org/2000/svg}polyline")[0]
+        .attrib["points"]
+    )
     (x0, y0), (x1, y1) = [tuple(map(float, pair.split(","))) for pair in points.split()]
     assert x0 < x1
     assert y0 < y1  # SVG's y grows downwards

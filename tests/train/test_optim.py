@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from mmit.models import TrainGroup
-from mmit.train.optim import LearningRate, parameter_groups
+from mmit.train.optim import LearningRate, Schedule, parameter_groups
 
 
-def factors(schedule: str, *, steps: int, warmup: float, low: float = 0.0) -> list[float]:
-    rate = LearningRate(schedule=schedule, warmup_fraction=warmup, min_lr_fraction=low, steps=steps)  # type: ignore[arg-type]
+def factors(schedule: Schedule, *, steps: int, warmup: float, low: float = 0.0) -> list[float]:
+    rate = LearningRate(schedule=schedule, warmup_fraction=warmup, min_lr_fraction=low, steps=steps)
     return [round(rate.factor(step), 6) for step in range(steps)]
 
 
@@ -20,7 +20,16 @@ def test_warm_up_rises_linearly_and_does_not_start_at_zero() -> None:
 
 def test_cosine_is_half_way_down_in_the_middle() -> None:
     # after 2 warm-up steps, 8 steps of cosine: (1 + cos(pi * k / 8)) / 2
-    assert factors("cosine", steps=10, warmup=0.2)[2:] == [1.0, 0.96194, 0.853553, 0.691342, 0.5, 0.308658, 0.146447, 0.03806]
+    assert factors("cosine", steps=10, warmup=0.2)[2:] == [
+        1.0,
+        0.96194,
+        0.853553,
+        0.691342,
+        0.5,
+        0.308658,
+        0.146447,
+        0.03806,
+    ]
 
 
 def test_linear_ends_at_the_floor() -> None:

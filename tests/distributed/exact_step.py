@@ -1,0 +1,114 @@
+"""Run on every rank: one step of a tiny model under each ZeRO stage, against one full-batch step in plain torch.
+
+Prints, for each setting, the largest difference of any parameter after the step, and of loss and gradient norm.
+"""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+warnings.filterwarnings("ignore")
+
+import torch  # noqa: E402
+
+from mmit.batch import IGNORE, Batch, Encoded, collate  # noqa: E402
+from mmit.config import Zero, load_config  # noqa: E402
+from mmit.distributed import all_reduce_sum, rank, world_size  # noqa: E402
+from mmit.models import build_model  # noqa: E402
+from mmit.train.engine import Engine, deepspeed_config, init_process_group  # noqa: E402
+from mmit.train.optim import adamw, parameter_groups  # noqa: E402
+
+RULES = {"connector": 1e-2, "language_model": 1e-3}
+EPS = 1e-3  # Adam divides by |g| + eps: a larger eps keeps rounding of tiny gradients from being blown up
+
+
+def sample(number: int, *, text: int, images: int, trained: int, loaded: Any) -> Encoded:
+    generator = torch.Generator().manual_seed(number)
+    tokens = loaded.model.spec.tokens_per_tile
+    words = torch.randint(5, 40, (text,), generator=generator)
+    ids = torch.cat([torch.full((images * tokens,), loaded.image_id), words])
+    labels = torch.full_like(ids, IGNORE)
+    labels[-1 - trained : -1] = ids[-trained:] if trained else ids[:0]
+    size = loaded.model.spec.size
+    pixels = torch.randint(0, 256, (images, 3, *size), generator=generator, dtype=torch.uint8)
+    return Encoded(id=str(number), input_ids=ids, labels=labels, pixels=pixels)
+
+
+def micro_batches(loaded: Any) -> list[list[Batch]]:
+    """By rank: two micro-batches with 5/1 and 2/7 trained tokens; rank 1 has no image, its first row is two samples."""
+    a = sample(1, text=9, images=1, trained=5, loaded=loaded)
+    b = sample(2, text=4, images=2, trained=1, loaded=loaded)
+    c = sample(3, text=6, images=0, trained=1, loaded=loaded)
+    d = sample(4, text=5, images=0, trained=1, loaded=loaded)
+    e = sample(5, text=12, images=0, trained=7, loaded=loaded)
+    made = [[[[a]], [[b]]], [[[c, d]], [[e], []]]]
+    return [
+        [collate(rows, pad_id=loaded.pad_id, image_size=loaded.model.spec.size) for rows in of_rank] for of_rank in made
+    ]
+
+
+def full_batch_step(config: Any) -> tuple[dict[str, torch.Tensor], float, float]:
+    """Parameters after one AdamW step on the mean over all trained tokens, in one process without DeepSpeed."""
+    loaded = build_model(config.model, dtype=torch.float32, seed=0)
+    groups = loaded.model.train_only(RULES)
+    optimizer = adamw(parameter_groups(loaded.model, groups, weight_decay=0.1), betas=(0.9, 0.999), eps=EPS)
+    batches = [batch for of_rank in micro_batches(loaded) for batch in of_rank]
+    total = sum(batch.trained_tokens for batch in batches)
+    loss = sum(loaded.model(batch) for batch in batches) / total
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_([p for p in loaded.model.parameters() if p.requires_grad], 0.5)
+    optimizer.step()
+    return {k: v.clone() for k, v in loaded.model.state_dict().items()}, float(loss.detach()), float(norm)
+
+
+def engine_step(config: Any, zero: Zero, *, checkpointing: bool) -> tuple[dict[str, torch.Tensor], float, float]:
+    loaded = build_model(config.model, dtype=torch.float32, seed=0)
+    groups = loaded.model.train_only(RULES)
+    if checkpointing:
+        loaded.model.enable_activation_checkpointing()
+    optimizer = adamw(parameter_groups(loaded.model, groups, weight_decay=0.1), betas=(0.9, 0.999), eps=EPS)
+    settings = deepspeed_config(zero, dtype=torch.float32, rows_per_micro_batch=1, micro_batches=2, clip_norm=0.5)
+    engine = Engine(loaded.model, optimizer, settings, dtype=torch.float32)
+    batches = micro_batches(loaded)[rank()]
+    trained = int(all_reduce_sum(torch.tensor([sum(batch.trained_tokens for batch in batches)])))
+    loss = torch.zeros((), dtype=torch.float64)
+    norm = None
+    for batch in batches:
+        loss += engine.micro_step(batch, trained_tokens=trained).double()
+        norm = engine.close_micro_step(factor=1.0)
+    assert norm is not None
+    return engine.full_state(), float(all_reduce_sum(loss)) / trained, norm
+
+
+def main(run_file: str) -> None:
+    torch.set_num_threads(1)
+    init_process_group()
+    torch.set_num_threads(1)
+    assert world_size() == 2
+    config = load_config(Path(run_file))
+    expected, loss, norm = full_batch_step(config)
+    result = {}
+    settings = [(f"zero-{stage}", Zero(stage=stage), False) for stage in range(4)]
+    settings.append(("zero-2 offload", Zero(stage=2, offload_optimizer="cpu"), False))
+    settings.append(("zero-3 offload", Zero(stage=3, offload_optimizer="cpu"), False))
+    settings.append(("zero-3 activation checkpointing", Zero(stage=3), True))
+    for name, zero, checkpointing in settings:
+        got, got_loss, got_norm = engine_step(config, zero, checkpointing=checkpointing)
+        if rank() == 0:
+            assert got.keys() == expected.keys(), set(got) ^ set(expected)
+            result[name] = {
+                "parameters": max(float((got[k] - expected[k]).abs().max()) for k in expected),
+                "loss": abs(got_loss - loss),
+                "norm": abs(got_norm - norm) / norm,
+            }
+    if rank() == 0:
+        start = build_model(config.model, dtype=torch.float32, seed=0).model.state_dict()
+        result["moved"] = max(float((start[k] - expected[k]).abs().max()) for k in expected)
+        print(json.dumps(result))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,154 @@
+"""Whole runs through the command line on two real ranks: killed, stopped, resumed, started by DeepSpeed's launcher."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from ranks import free_port
+from runs import environment, make_run, metrics, mmit, rank_processes, start_and_wait_for_step
+from safetensors.torch import load_file
+from transformers import LlavaForConditionalGeneration
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("training"))
+
+
+@pytest.fixture(scope="module")
+def aligned(run_file: Path) -> Path:
+    """The align stage, trained without interruption on two ranks."""
+    done = mmit("train", str(run_file), "--stage", "align")
+    assert done.returncode == 0, done.stderr
+    assert "vision_tower (frozen)" in done.stderr  # the table of what trains
+    return run_file.parent / "run" / "align"
+
+
+def test_a_run_that_is_stopped_and_killed_equals_one_that_is_not(run_file: Path, aligned: Path, tmp_path: Path) -> None:
+    """SIGTERM at step 2, kill -9 of one rank at step 6, then to the end: same samples, same losses, same bits."""
+    words = ("train", str(run_file), f"output={tmp_path}", "--stage", "align")
+    folder = tmp_path / "align"
+
+    started = start_and_wait_for_step(folder, 2, *words)
+    started.send_signal(signal.SIGTERM)
+    output = started.communicate(timeout=60)[0]
+    assert started.returncode == 75, output
+    assert "the same command continues it" in output
+
+    started = start_and_wait_for_step(folder, 6, *words)
+    rank_processes(started)[1].kill()
+    output = started.communicate(timeout=60)[0]
+    assert started.returncode == 1, output
+    assert "rank 1 ended with SIGKILL; the same command continues from the last complete checkpoint" in output
+
+    done = mmit(*words)
+    assert done.returncode == 0, done.stderr
+    assert "continues from" in done.stderr
+    whole, pieced = metrics(aligned), metrics(folder)
+    told = ("step", "loss", "lr", "grad_norm", "samples_digest", "samples", "tokens", "trained_tokens")
+    assert len(whole) > 15
+    assert [{key: line[key] for key in told} for line in pieced] == [{key: line[key] for key in told} for line in whole]
+    ours, theirs = (load_file(path / "model" / "model.safetensors") for path in (folder, aligned))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_kill_minus_nine_of_everything_leaves_no_rank_behind(run_file: Path, tmp_path: Path) -> None:
+    words = ("train", str(run_file), f"output={tmp_path}", "--stage", "align")
+    started = start_and_wait_for_step(tmp_path / "align", 1, *words)
+    ranks = rank_processes(started)
+    started.kill()
+    started.communicate()
+    _, alive = psutil.wait_procs(ranks, timeout=30)
+    assert alive == []
+
+
+def test_every_sample_is_seen_as_often_as_planned(aligned: Path) -> None:
+    assert sum(line["samples"] for line in metrics(aligned)) == 60 * 4  # samples x epochs
+
+
+def test_only_the_connector_moved_in_align(run_file: Path, aligned: Path) -> None:
+    start = load_file(run_file.parent / "parts" / "llama" / "model.safetensors")
+    trained = load_file(aligned / "model" / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(trained[f"language_model.{name}"], start[name])
+
+
+def test_old_checkpoints_are_removed_and_those_kept_are_complete(aligned: Path) -> None:
+    found = sorted(path.name for path in (aligned / "checkpoints").iterdir())
+    assert len(found) == 2
+    assert all((aligned / "checkpoints" / name / "COMPLETE").is_file() for name in found)
+
+
+def test_a_complete_stage_is_not_trained_again(run_file: Path, aligned: Path) -> None:
+    before = (aligned / "model" / "model.safetensors").stat().st_mtime_ns
+    done = mmit("train", str(run_file), "--stage", "align")
+    assert "stage align: complete" in done.stderr
+    assert (aligned / "model" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_deepspeeds_own_launcher_trains_the_next_stage(run_file: Path, aligned: Path) -> None:
+    launcher = Path(sys.executable).parent / "deepspeed"
+    words = [str(launcher), "--num_accelerators", "2", "--master_port", str(free_port()), "--module", "mmit"]
+    words += ["train", str(run_file), "--stage", "instruct"]
+    done = subprocess.run(
+        words,
+        env={**environment(), "DS_ACCELERATOR": "cpu", "PATH": f"{launcher.parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = run_file.parent / "run" / "instruct"
+    assert [line["step"] for line in metrics(folder)] == [1, 2, 3]
+    before, after = (load_file(path / "model" / "model.safetensors") for path in (aligned, folder))
+    moved = {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
+    assert moved == {"language_model", "multi_modal_projector"}
+    _, report = LlavaForConditionalGeneration.from_pretrained(folder / "model", output_loading_info=True)
+    assert (report["missing_keys"], report["unexpected_keys"]) == (set(), set())
+
+
+def test_bf16_trains_under_zero_2(run_file: Path, tmp_path: Path) -> None:
+    changes = (f"output={tmp_path}", "precision=bf16", "stages.align.max_steps=2")
+    done = mmit("train", str(run_file), *changes, "--stage", "align")
+    assert done.returncode == 0, done.stderr
+    weights = load_file(tmp_path / "align" / "model" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_a_sentence(run_file: Path, tmp_path: Path) -> None:
+    changes = (f"output={tmp_path}", "stages.align.train.connector=1e30")
+    done = mmit("train", str(run_file), *changes, "--stage", "align", "--ranks", "1")
+    assert done.returncode == 1
+    assert done.stderr.count("Traceback") == 0
+    assert "Lower the learning rate" in done.stderr
+    assert not (tmp_path / "align" / "model").exists()
+
+
+def test_a_full_disk_during_a_checkpoint_ends_the_run_and_leaves_nothing_half_written(
+    run_file: Path, tmp_path: Path
+) -> None:
+    """Files may not grow beyond 64 KiB, as on a disk that is full: the weights alone are larger."""
+    done = mmit(
+        "train",
+        str(run_file),
+        f"output={tmp_path}",
+        "--stage",
+        "align",
+        "--ranks",
+        "1",
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536)),
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("Traceback") == 0
+    assert "free some space and run the same command" in done.stderr
+    assert list((tmp_path / "align" / "checkpoints").iterdir()) == []
