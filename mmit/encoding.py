@@ -17,6 +17,7 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,13 +56,12 @@ def encode(
             f"the tokenizer has no {IMAGE_TEXT} of that id (prepare_tokenizer adds one)"
         )
     start_ids = [] if _begins_with_start(rendered.text, tokenizer) else list(_habits(tokenizer).start_ids)
-    all_ids, all_trained = start_ids, [False] * len(start_ids)
-    sizes = iter(image_tokens)
-    for token, is_trained in zip(ids, trained, strict=True):
-        copies = next(sizes) if token == image_id else 1
-        all_ids.extend([token] * copies)
-        all_trained.extend([is_trained and token != image_id] * copies)
-    return torch.tensor(all_ids, dtype=torch.int64), torch.tensor(all_trained, dtype=torch.bool)
+    tokens = np.array([*start_ids, *ids], dtype=np.int64)
+    is_image = tokens == image_id
+    copies = np.ones(len(tokens), dtype=np.int64)
+    copies[is_image] = image_tokens
+    mask = np.array([False] * len(start_ids) + trained, dtype=bool) & ~is_image
+    return torch.from_numpy(tokens.repeat(copies)), torch.from_numpy(mask.repeat(copies))
 
 
 def encode_conversation(
@@ -77,7 +77,7 @@ def encode_conversation(
     """One sample for the model. ``pixels=False`` decodes nothing: lengths are known from ``conversation.sizes``.
 
     Raises DataError, naming the record, if the images and their places do not match, an image cannot be read, the
-    conversation breaks a rule of templates.py, or no token of it would be trained.
+    conversation breaks a rule of turns.py, or no token of it would be trained.
     """
     record = conversation.id
     order = [ref.index for ref in conversation.image_refs]
@@ -173,9 +173,8 @@ def _whole(text: _Text, tokenizer: PreTrainedTokenizerBase, _: int) -> tuple[lis
     if cuts and not _habits(tokenizer).swallows_space:
         parts = [_whole(text.part(a, b), tokenizer, 0) for a, b in pairwise([0, *cuts, len(text.text)])]
         return [i for ids, _ in parts for i in ids], [t for _, trained in parts for t in trained]
-    trained = [
-        bool(text.trained[max(end - 1, start)]) if start < len(text.trained) else False for start, end in offsets
-    ]
+    marks = text.trained + b"\0"  # a token of no width may stand at the very end
+    trained = [marks[end - 1 if end > start else start] == 1 for start, end in offsets]
     if cuts:  # a text cannot be cut where the tokenizer would put a space before the rest; the token is the prompt's
         trained = [t and text.begins.find(1, s + 1, e) < 0 for t, (s, e) in zip(trained, offsets, strict=True)]
     return ids, trained
