@@ -60,28 +60,29 @@ class TextStream:
 class _Characters:
     """Ids to text, whole characters only.
 
-    Each id is decoded together with those since the last cut but one: decoders drop the space in front of the first
-    token, and merge the bytes of a character, so a token has no text of its own.
+    A token has no text of its own: the bytes of a character may be spread over several, and decoders drop the space in
+    front of the first. So ids are decoded together until they end with a character, always behind the same letter.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._known: list[int] = []  # ids whose text is out; context for the next
+        self._letter: list[int] = tokenizer.encode("a", add_special_tokens=False)
+        self._letter_size = len(self._decode(self._letter))
         self._open: list[int] = []  # ids whose text is not out yet
 
     def push(self, token: int) -> str:
         self._open.append(token)
-        text = self._new_text()
+        text = self._text()
         if not text or text.endswith(_UNFINISHED):
             return ""
-        self._known, self._open = self._open, []
+        self._open = []
         return text
 
     def finish(self) -> str:
-        return self._new_text()
+        return self._text()
 
-    def _new_text(self) -> str:
-        return self._decode(self._known + self._open)[len(self._decode(self._known)) :]
+    def _text(self) -> str:
+        return self._decode(self._letter + self._open)[self._letter_size :]
 
     def _decode(self, ids: list[int]) -> str:
         text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
