@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from mmit import __version__
+from mmit import __version__, cli_data
 from mmit.errors import MmitError
 
 app = typer.Typer(
@@ -22,9 +22,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 config_app = typer.Typer(help="Look at run files.", no_args_is_help=True)
-data_app = typer.Typer(help="Convert, check and look at data.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
-app.add_typer(data_app, name="data")
+app.add_typer(cli_data.app, name="data")
 
 RunFile = Annotated[Path, typer.Argument(metavar="FILE", help="The run file (YAML).")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Changes to the run file.")]
@@ -99,3 +98,32 @@ def config_schema() -> None:
     from mmit.config_file import json_schema
 
     typer.echo(json.dumps(json_schema(), indent=2))
+
+
+@app.command()
+def chat(
+    directory: ModelDirectory,
+    image: Annotated[list[Path] | None, typer.Option(help="A picture; may be repeated.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Ask this, print the answer and end; '-' reads it.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Share of probability that is drawn from.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Of the drawing, for the same answer again.")] = None,
+) -> None:
+    """Talk to a model about pictures."""
+    from mmit.chat.terminal import Style, run_chat
+
+    style = Style(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    run_chat(directory, image or [], prompt, style=style)
+
+
+@app.command()
+def serve(
+    directory: ModelDirectory,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
+) -> None:
+    """Serve a model: a chat page, and an API that OpenAI's clients speak (needs the extra 'serve')."""
+    from mmit.chat.server import serve as run
+
+    run(directory, host=host, port=port)

@@ -29,6 +29,7 @@ LAYERS = {
     "evaluate": 5,
     "demo": 5,
     "cli": 6,
+    "cli_data": 5,
     "__main__": 7,
 }
 

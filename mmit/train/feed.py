@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from mmit.batch import Encoded
@@ -27,6 +29,7 @@ from mmit.data import (
     measure_lengths,
     open_source,
 )
+from mmit.data.summary import summarize, summary_table
 from mmit.distributed import logger, rank, world_size
 from mmit.encoding import Style, encode_conversation
 from mmit.images import ImageSpec
@@ -192,3 +195,16 @@ def _lengths(shards: ShardSet, stage: Stage, encode: Encode) -> LengthTable:
             stage.data.too_long,
         )
     return fitted
+
+
+def summaries(config: RunConfig, stages: Sequence[str], *, ranks: int) -> Iterator[Table]:
+    """A table for each stage: what it will read, for rich to print. Raises DataError and ConfigError."""
+    from mmit.models import build_model
+
+    loaded = build_model(config.model, dtype=torch.float32, seed=config.seed)
+    for name in stages:
+        stage = config.stages[name]
+        plan = plan_stage(config, stage, make_encode(stage.data, loaded))
+        table = summary_table(summarize(plan, length=stage.batch.length, world=ranks))
+        table.title = f"stage {name}: {table.title}"
+        yield table

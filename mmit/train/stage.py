@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
+from transformers.utils.logging import disable_progress_bar
 
 from mmit.config import RunConfig, Stage
 from mmit.config_file import resolved_yaml
@@ -56,7 +56,7 @@ def _prepare_process() -> None:
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would warn that it found none
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()  # one bar per rank and file would bury the log
+    disable_progress_bar()  # one bar per rank and file would bury the log
     end_with_launcher()
 
 

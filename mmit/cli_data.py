@@ -1,0 +1,124 @@
+"""The ``mmit data`` verbs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+app = typer.Typer(help="Convert, check and look at data.", no_args_is_help=True)
+
+Shards = Annotated[str, typer.Argument(metavar="SHARDS", help="A directory of shards, a tar, or a pattern of tars.")]
+
+
+@app.command("convert")
+def convert(
+    source: Annotated[str, typer.Argument(help="Records (JSON, JSONL, CSV, TSV, a folder), or the name of a recipe.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Directory for the shards.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder that the records' image paths start from.")] = None,
+    reader: Annotated[
+        Literal["llava_json", "messages", "captions"], typer.Option(help="The form of the records.")
+    ] = "llava_json",
+    prompt: Annotated[str, typer.Option(help="Question put before every caption (captions only).")] = "",
+    max_bad: Annotated[float, typer.Option(min=0, max=1, help="Share of bad records that is tolerated.")] = 0.001,
+    decode: Annotated[bool, typer.Option("--decode", help="Decode every picture, not only its header.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    processes: Annotated[int | None, typer.Option(min=1, help="Processes; else one per core.")] = None,
+) -> None:
+    """Turn records and pictures into shards; the same command continues a conversion that was stopped."""
+    from mmit.data import load_recipe
+    from mmit.data.convert import Conversion
+    from mmit.data.convert import convert as run
+    from mmit.errors import ConfigError
+
+    if Path(source).exists() or out is not None:
+        if out is None:
+            raise ConfigError("--out is missing: say where the shards are to be written")
+        conversion = Conversion(
+            reader=reader,
+            source=Path(source),
+            target=out,
+            name=out.name,
+            images=images,
+            prompt=prompt,
+            verify="decode" if decode else "header",
+            max_bad=max_bad,
+        )
+    else:
+        conversion = load_recipe(source).conversion()
+    manifest = run(conversion, processes=processes, overwrite=overwrite)
+    totals = manifest.totals
+    typer.echo(
+        f"{conversion.target}: {totals['samples']} samples, {totals['images']} images, "
+        f"{totals['text_only']} text-only, {len(manifest.shards)} shards, {len(manifest.bad)} bad records"
+    )
+    for sample in manifest.bad[:10]:
+        typer.echo(f"  bad: {sample}")
+
+
+@app.command("show")
+def show(
+    shards: Shards,
+    tokenizer: Annotated[str, typer.Option(help="Directory or hub name of the language model or model directory.")],
+    template: Annotated[str, typer.Option(help="Chat template: own, a .jinja file, or a built-in name.")] = "own",
+    style: Annotated[Literal["hf", "llava"], typer.Option(help="How text around images is tokenized.")] = "hf",
+    image_tokens: Annotated[int, typer.Option(min=1, help="Image tokens of one picture.")] = 576,
+    sample: Annotated[list[int] | None, typer.Option(help="Number of a sample; may be repeated.")] = None,
+) -> None:
+    """Print samples as the model will see them: trained tokens in colour, runs of image tokens folded."""
+    from rich.console import Console
+
+    from mmit.data.show import show as shown
+
+    console = Console(soft_wrap=True, highlight=False)
+    texts = shown(
+        shards,
+        tokenizer=tokenizer,
+        template=template,
+        style=style,
+        image_tokens=image_tokens,
+        samples=sample or [0],
+    )
+    for text in texts:
+        console.print(text)
+
+
+@app.command("check")
+def check(
+    shards: Annotated[Path, typer.Argument(metavar="SHARDS", help="A directory of shards.")],
+    decode: Annotated[bool, typer.Option("--decode", help="Decode every picture too.")] = False,
+    processes: Annotated[int | None, typer.Option(min=1, help="Processes; else one per core.")] = None,
+) -> None:
+    """Read every shard and list what is wrong; exit code 1 where anything is."""
+    from rich.console import Console
+
+    from mmit.data.check import check as run
+
+    report = run(shards, decode=decode, processes=processes)
+    if report.faults:
+        Console().print(report.table())
+    else:
+        typer.echo(
+            f"{shards}: {report.samples} samples, {report.images} images, {report.text_only} text-only, no faults"
+        )
+    raise typer.Exit(report.exit_code)
+
+
+@app.command("plan")
+def plan(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The run file (YAML).")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...")] = None,
+    stage: Annotated[str | None, typer.Option(help="This stage only.")] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks for the share of useful work.")] = 1,
+) -> None:
+    """Print what a run will read: samples, tokens, rows and steps, by source."""
+    from rich.console import Console
+
+    from mmit.config import load_config
+    from mmit.train.feed import summaries
+    from mmit.train.launch import check_stages
+
+    config = load_config(file, overrides)
+    for table in summaries(config, check_stages(config, stage), ranks=ranks):
+        Console().print(table)
