@@ -151,7 +151,7 @@ def read_tower(path: str, *, layer: int, cls: Cls, dtype: torch.dtype) -> Transf
 
 
 def tower_from_config(
-    config: Mapping[str, Any], *, layer: int, cls: Cls, image: ImageInput, dtype: torch.dtype
+    config: Mapping[str, Any], processor: Mapping[str, Any], *, layer: int, cls: Cls, dtype: torch.dtype
 ) -> TransformersTower:
     """A tower with unset weights from a ``vision_config``: the frame that a model directory is read into."""
     makers: dict[str, tuple[Callable[..., PreTrainedConfig], Any]] = {
@@ -164,6 +164,7 @@ def tower_from_config(
     make_config, model_class = makers[kind]
     fields = {name: value for name, value in config.items() if name != "model_type"}
     model = model_class._from_config(make_config(**fields), dtype=dtype)
+    image = image_input(processor, size=model.config.image_size)
     return TransformersTower(model, layer=layer, cls=cls, image=image)
 
 

@@ -24,7 +24,6 @@ from mmit.models.encoders import (
     LayeredTower,
     VisionEncoder,
     build_encoder,
-    image_input,
     tower_from_config,
 )
 from mmit.models.language_models import frame_language_model, token_table
@@ -52,25 +51,25 @@ def load_model(path: Path | str, *, dtype: torch.dtype, template: str = "own") -
     _check_kind(directory, config, own)
     tokenizer = load_tokenizer(str(directory))
     prepared = prepare_tokenizer(tokenizer)
-    image_id = int(config["image_token_index"])
+    image_id = _image_id(directory, config)
     if prepared.image_id != image_id:
         raise CheckpointError(
             f"{directory}: config.json has image token {image_id}, but the tokenizer's <image> is {prepared.image_id}"
         )
-    rows = int(config["text_config"].get("vocab_size", 0)) or len(prepared.tokenizer)
-    if len(prepared.tokenizer) > rows:
-        raise CheckpointError(
-            f"{directory}: the tokenizer (with <image> and padding) has {len(prepared.tokenizer)} tokens, "
-            f"the model {rows} embeddings; they do not belong together"
-        )
     frame, encoder, connector = _frame(directory, config, own, dtype=dtype)
-    read_into(frame, directory)
     tower = frame.get_submodule("vision_tower")
     projector = frame.get_submodule("multi_modal_projector")
     assert isinstance(tower, VisionEncoder)
     assert isinstance(projector, Connector)
     language_model = frame.get_submodule("language_model")
     assert isinstance(language_model, PreTrainedModel)
+    rows = token_table(language_model).num_embeddings
+    if len(prepared.tokenizer) > rows:
+        raise CheckpointError(
+            f"{directory}: the tokenizer (with <image> and padding) has {len(prepared.tokenizer)} tokens, "
+            f"the model {rows} embeddings; they do not belong together"
+        )
+    read_into(frame, directory)
     spec = _spec(directory, own, tower.image, tokens=projector.tokens(tower.patches))
     return LoadedModel(
         model=VisionLanguageModel(
@@ -147,8 +146,16 @@ def _check_kind(directory: Path, config: Json, own: Json) -> None:
             f"{directory} holds a model of type '{config.get('model_type')}'; model_type llava, or a directory "
             "written by mmit, can be read"
         )
-    if "image_token_index" not in config:
-        raise CheckpointError(f"{directory}/config.json lacks image_token_index")
+    if not isinstance(config.get("text_config"), dict):
+        raise CheckpointError(f"{directory}/config.json lacks text_config, which describes the language model")
+
+
+def _image_id(directory: Path, config: Json) -> int:
+    """Both names occur in directories that transformers wrote."""
+    for name in ("image_token_index", "image_token_id"):
+        if isinstance(config.get(name), int):
+            return config[name]
+    raise CheckpointError(f"{directory}/config.json lacks image_token_index")
 
 
 def _frame(directory: Path, config: Json, own: Json, *, dtype: torch.dtype) -> tuple[nn.Module, Json, Json]:
@@ -174,17 +181,13 @@ def _tower(directory: Path, config: Json, own: Json, *, dtype: torch.dtype) -> t
     encoder: Json = dict(own.get("encoder") or {"type": "transformers", "path": str(directory)})
     cls: Cls = "keep" if config.get("vision_feature_select_strategy") == "full" else "drop"
     if "vision_config" in config:
-        layer = config["vision_feature_layer"]
+        layer = config.get("vision_feature_layer", -2)  # transformers' default, which version 4 leaves out
         if not isinstance(layer, int):
             raise CheckpointError(
                 f"{directory}/config.json: vision_feature_layer {layer}: one layer can be read, not several"
             )
-        vision = config["vision_config"]
-        image = image_input(_processor(directory), size=int(vision["image_size"]))
-        return tower_from_config(vision, layer=layer, cls=cls, image=image, dtype=dtype), encoder | {
-            "layer": layer,
-            "cls": cls,
-        }
+        tower = tower_from_config(config["vision_config"], _processor(directory), layer=layer, cls=cls, dtype=dtype)
+        return tower, encoder | {"layer": layer, "cls": cls}
     if encoder.get("type") == "open_clip":
         from mmit.models.open_clip_encoder import open_clip_from_directory
 
@@ -213,8 +216,8 @@ def _processor(directory: Path) -> Mapping[str, Any]:
     if alone.is_file():
         return _read(alone)
     joined = directory / "processor_config.json"
-    if joined.is_file():
-        return _read(joined).get("image_processor", {})
+    if joined.is_file() and "image_processor" in (inside := _read(joined)):
+        return inside["image_processor"]
     raise CheckpointError(f"{directory} lacks preprocessor_config.json: the mean and std of its pixels are unknown")
 
 

@@ -1,0 +1,177 @@
+"""Reading weights is strict: what is wrong is listed, with names, before anything is changed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mmit.errors import CheckpointError
+from mmit.models import LoadedModel, load_model, load_weights, save_model
+
+Build = Callable[..., LoadedModel]
+Change = Callable[[dict[str, Tensor]], None]
+
+LAYER = "language_model.model.layers.0.mlp.up_proj.weight"
+TOWER = "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"
+
+
+@pytest.fixture
+def directory(build: Build, tmp_path: Path) -> Path:
+    save_model(build(), None, tmp_path / "model", made_from={})
+    return tmp_path / "model"
+
+
+def change(directory: Path, edit: Change) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    edit(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / "model.safetensors")
+
+
+def drop(tensors: dict[str, Tensor]) -> None:
+    del tensors[LAYER]
+    del tensors[TOWER]
+
+
+def add(tensors: dict[str, Tensor]) -> None:
+    tensors["language_model.model.layers.7.mlp.up_proj.weight"] = torch.zeros(2)
+
+
+def empty(tensors: dict[str, Tensor]) -> None:
+    tensors[LAYER] = torch.zeros((0,))
+
+
+def reshape(tensors: dict[str, Tensor]) -> None:
+    tensors[LAYER] = tensors[LAYER].T
+
+
+def spoil(tensors: dict[str, Tensor]) -> None:
+    tensors[LAYER][0, 0] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (drop, f"2 missing: {TOWER}, {LAYER}|2 missing: {LAYER}, {TOWER}"),
+        (add, r"1 unexpected: language_model\.model\.layers\.7\.mlp\.up_proj\.weight"),
+        (empty, f"1 empty: {LAYER}"),
+        (reshape, rf"1 of another shape: {LAYER} is \[32, 64\], needed is \[64, 32\]"),
+        (spoil, f"1 with values that are not finite: {LAYER}"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_listed(directory: Path, edit: Change, message: str) -> None:
+    change(directory, edit)
+    with pytest.raises(CheckpointError, match=message):
+        load_model(directory, dtype=torch.float32)
+
+
+def test_a_long_list_is_cut(directory: Path) -> None:
+    def drop_many(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if "layers.1." in name]:
+            del tensors[name]
+
+    change(directory, drop_many)
+    with pytest.raises(CheckpointError, match=r"25 missing: .* and 20 more$"):
+        load_model(directory, dtype=torch.float32)
+
+
+def test_weights_that_do_not_fit_change_nothing(directory: Path, build: Build) -> None:
+    change(directory, drop)
+    fresh = build(seed=9)
+    before = {name: tensor.clone() for name, tensor in fresh.model.state_dict().items()}
+    with pytest.raises(CheckpointError, match="2 missing"):
+        load_weights(fresh.model, directory)
+    assert all(torch.equal(before[name], tensor) for name, tensor in fresh.model.state_dict().items())
+
+
+def test_a_tied_head_that_differs_from_its_table_is_an_error(build: Build, tmp_path: Path) -> None:
+    directory = tmp_path / "model"
+    save_model(build("siglip_qwen2"), None, directory, made_from={})
+    table = "language_model.model.embed_tokens.weight"
+
+    def same(tensors: dict[str, Tensor]) -> None:
+        tensors["language_model.lm_head.weight"] = tensors[table].clone()
+
+    def other(tensors: dict[str, Tensor]) -> None:
+        tensors["language_model.lm_head.weight"] = tensors[table] + 1
+
+    change(directory, same)
+    load_model(directory, dtype=torch.float32)
+    change(directory, other)
+    with pytest.raises(CheckpointError, match=r"tied to: language_model\.lm_head\.weight"):
+        load_model(directory, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 1000, -1])
+def test_a_truncated_file_is_named(directory: Path, keep: int) -> None:
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged or incomplete"):
+        load_model(directory, dtype=torch.float32)
+
+
+def test_the_three_layouts_of_transformers_are_read(directory: Path, tmp_path: Path) -> None:
+    """Names as transformers 5 saves an assembled model, and as it keeps them in memory."""
+    expected = load_model(directory, dtype=torch.float32).model.state_dict()
+    renamings: list[Callable[[str], str]] = [
+        lambda name: name.replace("vision_tower.vision_model.", "vision_tower."),
+        lambda name: (
+            name.replace("vision_tower.vision_model.", "model.vision_tower.")
+            .replace("multi_modal_projector.", "model.multi_modal_projector.")
+            .replace("language_model.lm_head.", "lm_head.")
+            .replace("language_model.model.", "model.language_model.")
+        ),
+    ]
+    for number, rename in enumerate(renamings):
+        copy = shutil.copytree(directory, tmp_path / f"copy{number}")
+        tensors = load_file(copy / "model.safetensors")
+        renamed = {rename(name): tensor for name, tensor in tensors.items()}
+        assert not renamed.keys() & {TOWER}
+        save_file(renamed, copy / "model.safetensors")
+        found = load_model(copy, dtype=torch.float32).model.state_dict()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_pickled_weights_are_not_opened(directory: Path) -> None:
+    torch.save({}, directory / "pytorch_model.bin")
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is a pickle, which is not read"):
+        load_model(directory, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("change_config", "message"),
+    [
+        ({"mm_vision_tower": "openai/clip"}, "layout of LLaVA's original code"),
+        ({"model_type": "llava_next"}, "a model of type 'llava_next'"),
+        ({"vision_feature_layer": [-2, -1]}, "one layer can be read, not several"),
+        ({"image_token_index": 5}, "config.json has image token 5, but the tokenizer's <image> is"),
+    ],
+)
+def test_a_configuration_that_cannot_be_read_is_named(
+    directory: Path, change_config: dict[str, object], message: str
+) -> None:
+    file = directory / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change_config}))
+    with pytest.raises(CheckpointError, match=message):
+        load_model(directory, dtype=torch.float32)
+
+
+def test_damaged_and_newer_descriptions_are_named(directory: Path) -> None:
+    file = directory / "mmit.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "format": 99}))
+    with pytest.raises(CheckpointError, match="format 99, newer than 1: update mmit"):
+        load_model(directory, dtype=torch.float32)
+    file.write_text("{")
+    with pytest.raises(CheckpointError, match=r"mmit\.json is damaged"):
+        load_model(directory, dtype=torch.float32)
+    file.unlink()
+    (directory / "preprocessor_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"lacks preprocessor_config\.json"):
+        load_model(directory, dtype=torch.float32)
