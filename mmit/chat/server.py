@@ -182,7 +182,7 @@ class _Service:
         yield "data: [DONE]\n\n"
 
     async def pieces(self, said: Answer, request: Request | None = None) -> AsyncGenerator[str, None]:
-        """The pieces of an answer, made in threads; closing this, or the client of ``request`` leaving, stops the model."""
+        """The pieces of an answer, made in threads; the model stops when this closes or the client leaves."""
         async with self.turn:
             spoken = iter(said)
             try:
@@ -216,12 +216,14 @@ async def _body(request: Request) -> bytes:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    if not 0 <= port <= 65_535:
+        raise ConfigError(f"--port {port}: choose a number from 0 (any free one) to 65535")
     try:
-        return socket.create_server((host, port), family=family)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(f"cannot listen on {host} port {port} ({reason}); choose another --host or --port") from error
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host} port {port} ({error.strerror}); choose another --host or --port"
+        ) from error
 
 
 def _event(content: Json) -> str:

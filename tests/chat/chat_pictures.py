@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def picture(
-    colour: str | tuple[int, ...], form: str = "PNG", mode: str = "RGB", size: tuple[int, int] = (30, 20)
+    colour: str | int | tuple[int, ...], form: str = "PNG", mode: str = "RGB", size: tuple[int, int] = (30, 20)
 ) -> bytes:
     """An encoded picture of one colour."""
     buffer = io.BytesIO()

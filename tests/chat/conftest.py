@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from mmit.models.build import build_model
 from mmit.models.save import save_model
 
 
-def _stage(directory: Path, kind: str) -> Path:
+def _stage(directory: Path, kind: Literal["clip_llama", "siglip_qwen2"]) -> Path:
     section = tiny_model_section(directory / "parts", kind)
     loaded = build_model(ComposedModel.model_validate(section), dtype=torch.float32, seed=0)
     save_model(loaded, None, directory / "stage" / "model", made_from={})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +35,12 @@ def user(*content: str | ImageRef) -> Message:
 
 def conversation(*messages: Message, images: tuple[bytes, ...] = ()) -> Conversation:
     return Conversation(id="test", messages=messages, images=images)
+
+
+def text_of(loaded: LoadedModel, ids: list[int]) -> str:
+    text = loaded.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text.strip()
 
 
 def stopping_at(loaded: LoadedModel, *, stop_ids: tuple[int, ...]) -> LoadedModel:
@@ -96,7 +103,7 @@ def test_the_answer_is_what_the_model_generates_from_the_prompt(chat: Chat) -> N
         max_new_tokens=16,
         stop_ids=chat.loaded.template.stop_ids,
     )
-    text = chat.loaded.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+    text = text_of(chat.loaded, ids)
     assert chat.ask("What is in the picture?", [picture("green")], max_new_tokens=16) == text
 
 
@@ -169,7 +176,7 @@ def test_a_stop_token_ends_the_answer_and_is_not_part_of_it(llama: Chat) -> None
     )
     stop = next(place for place in range(2, 8) if ids[place] not in ids[:place])
     reply = answer(stopping_at(llama.loaded, stop_ids=(ids[stop],)), asked, limit)
-    assert "".join(reply) == llama.loaded.tokenizer.decode(ids[:stop]).strip()
+    assert "".join(reply) == text_of(llama.loaded, ids[:stop])
     assert (reply.finish_reason, reply.completion_tokens) == ("stop", stop)
 
 
@@ -238,18 +245,18 @@ def test_a_bad_question_is_one_sentence_and_leaves_the_history(
 
 
 @pytest.mark.parametrize(
-    ("choice", "reason"),
+    ("make", "reason"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
-        ({"temperature": -1.0}, r"temperature is -1\.0"),
-        ({"temperature": float("nan")}, "temperature is nan"),
-        ({"top_p": 0.0}, r"top_p is 0\.0"),
-        ({"stop": ("",)}, "empty stop string"),
+        (lambda: Sampling(max_new_tokens=0), "max_new_tokens is 0"),
+        (lambda: Sampling(temperature=-1.0), r"temperature is -1\.0"),
+        (lambda: Sampling(temperature=float("nan")), "temperature is nan"),
+        (lambda: Sampling(top_p=0.0), r"top_p is 0\.0"),
+        (lambda: Sampling(stop=("",)), "empty stop string"),
     ],
 )
-def test_an_impossible_sampling_is_refused(choice: dict[str, object], reason: str) -> None:
+def test_an_impossible_sampling_is_refused(make: Callable[[], Sampling], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
-        Sampling(**choice)  # type: ignore[arg-type]
+        make()
 
 
 # ------------------------------------------------------------------------------------------------- opening
