@@ -15,6 +15,9 @@ from runs import environment, make_run, metrics, mmit, rank_processes, start_and
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
+from mmit.batch import Batch
+from mmit.models import load_model
+
 pytestmark = pytest.mark.slow
 
 
@@ -113,8 +116,22 @@ def test_deepspeeds_own_launcher_trains_the_next_stage(run_file: Path, aligned: 
     before, after = (load_file(path / "model" / "model.safetensors") for path in (aligned, folder))
     moved = {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
     assert moved == {"language_model", "multi_modal_projector"}
-    _, report = LlavaForConditionalGeneration.from_pretrained(folder / "model", output_loading_info=True)
+    theirs, report = LlavaForConditionalGeneration.from_pretrained(folder / "model", output_loading_info=True)
     assert (report["missing_keys"], report["unexpected_keys"]) == (set(), set())
+    ours = load_model(folder, dtype=torch.float32).model
+    ids = torch.arange(5, 25).view(1, -1)
+    batch = Batch(
+        input_ids=ids,
+        position_ids=torch.arange(20).view(1, -1),
+        labels=ids,
+        pixels=torch.zeros((0, 3, *ours.spec.size), dtype=torch.uint8),
+        trained_tokens=20,
+        sample_ids=("a",),
+        tokens=20,
+    )
+    with torch.no_grad():
+        # the same arithmetic in fp32; attention kernels may sum in another order
+        torch.testing.assert_close(ours.logits(batch), theirs(input_ids=ids).logits, rtol=0, atol=1e-4)
 
 
 def test_bf16_trains_under_zero_2(run_file: Path, tmp_path: Path) -> None:
