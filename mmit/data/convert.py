@@ -135,7 +135,7 @@ def _write_job(conversion: Conversion, reader: Reader, partial: Path, job: int, 
     while row is not None:
         part = f"-{len(shards)}" if shards else ""
         with ShardWriter(partial / f"shard-{job:06d}{part}.tar") as shard:
-            while row is not None and (shard.samples == 0 or shard.bytes < conversion.shard_bytes):
+            while row is not None and (shard.samples == 0 or shard.payload < conversion.shard_bytes):
                 try:
                     conversation = reader.read(row)
                     if conversion.verify == "decode":

@@ -74,6 +74,8 @@ class ImageRoot:
 
     def read(self, reference: str) -> bytes:
         """The bytes of the picture that a record names. Raises SampleError, StorageError."""
+        if "\0" in reference:
+            raise SampleError(f"image {reference!r} is no file name")
         path = os.path.normpath(os.path.join(self.root, reference.removeprefix("file://")))
         if not self._holds(path):
             raise SampleError(f"image '{reference}' leads out of the image root {self.root}")
@@ -88,8 +90,6 @@ class ImageRoot:
             if error.errno in (errno.EACCES, errno.EPERM):
                 raise SampleError(f"image '{reference}' may not be read: {error.strerror}") from None
             raise StorageError(f"{path}: cannot be read: {error.strerror}") from None
-        except ValueError:
-            raise SampleError(f"image {reference!r} is no file name") from None
         if not content:
             raise SampleError(f"image '{reference}' is an empty file")
         return content

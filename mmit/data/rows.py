@@ -50,10 +50,10 @@ def open_json(path: Path) -> Rows:
         start = len(_BOM) if content[:3] == _BOM else 0
         while start < len(content) and content[start : start + 1] in _SPACE:
             start += 1
-        spans = list(
-            _list_spans(path, content, start) if content[start : start + 1] == b"[" else _lines(content, start)
-        )
-    return _Spans(path, spans, _parse_json)
+        is_list = content[start : start + 1] == b"["
+        spans = list(_list_spans(path, content, start) if is_list else _lines(content, start))
+    hint = "" if is_list else "; a file that is no list holds one object per line"
+    return _Spans(path, spans, partial(_parse_json, hint))
 
 
 def open_table(path: Path) -> Rows:
@@ -150,13 +150,13 @@ class _Spans:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _parse_json(path: Path, start: int, text: bytes) -> Mapping[str, Any]:
+def _parse_json(hint: str, path: Path, start: int, text: bytes) -> Mapping[str, Any]:
     try:
         record = json.loads(text.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise SampleError(f"the record is not UTF-8: {error.reason} at byte {start + error.start} of {path}") from None
     except json.JSONDecodeError as error:
-        raise _broken(path, start + len(error.doc[: error.pos].encode()), error.msg) from None
+        raise _broken(path, start + len(error.doc[: error.pos].encode()), error.msg + hint) from None
     if not isinstance(record, dict):
         raise SampleError(f"the record is {type(record).__name__}, not an object")
     return record

@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -100,6 +101,7 @@ class ShardWriter:
         self.path = path
         self.samples = 0
         self.images = 0
+        self.payload = 0  # bytes of all members, headers aside
         self._partial = path.with_name(path.name + ".partial")
         try:
             self._file = _Hashed(self._partial.open("wb"))
@@ -113,13 +115,9 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.raw.close()
+        with suppress(OSError):  # the buffer of an abandoned shard may not fit on the disk either
+            self._file.raw.close()
         self._partial.unlink(missing_ok=True)
-
-    @property
-    def bytes(self) -> int:
-        """Bytes written so far."""
-        return self._file.count
 
     def write(self, key: str, conversation: Conversation) -> None:
         """Append a sample. Raises DataError where the disk is full."""
@@ -129,7 +127,7 @@ class ShardWriter:
         for number, image in enumerate(conversation.images):
             members[f"{number}.{image_type(image)}"] = image
         try:
-            self._tar.write(members)
+            self.payload += self._tar.write(members)
         except OSError as error:
             raise cannot_write(self.path, error) from None
         self.samples += 1
@@ -173,6 +171,8 @@ class _Hashed:
         self.hash = hashlib.sha256()
 
     def write(self, content: bytes) -> int:
+        if self.raw.closed:  # an abandoned shard: tarfile still writes its last buffer when it is collected
+            return len(content)
         self.hash.update(content)
         self.count += len(content)
         return self.raw.write(content)
