@@ -89,7 +89,7 @@ def choose_attention(language_model: PreTrainedModel) -> str:
     through transformers' attention interface keep the implementation they were built with.
     """
     config = language_model.config.get_text_config()
-    special_layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    special_layers = _layer_types(language_model) - {"full_attention", "sliding_attention"}
     special_heads = any(name.rsplit(".", 1)[-1] == "sinks" for name, _ in language_model.named_parameters())
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "eager"
@@ -126,6 +126,12 @@ def check_isolation(language_model: PreTrainedModel, *, implementation: str) -> 
     to the bit (in a mixture of experts, whose matrix products change their shapes, up to rounding), and must be those
     of the sample alone, up to rounding.
     """
+    stateful = _layer_types(language_model) - {"full_attention", "sliding_attention", "chunked_attention"}
+    if stateful:
+        raise ConfigError(
+            f"{type(language_model).__name__} has layers of type {', '.join(sorted(stateful))}, which carry a state from "
+            "one sample of a packed row to the next; choose another model"
+        )
     device = language_model.device
     table = token_table(language_model)
     rows = table.num_embeddings
@@ -154,6 +160,10 @@ def check_isolation(language_model: PreTrainedModel, *, implementation: str) -> 
             f"'{implementation}': logits differ by {difference:.2g} from the sample alone); choose another model"
         )
     logger.info("attention of %s: %s", type(language_model).__name__, implementation)
+
+
+def _layer_types(language_model: PreTrainedModel) -> set[str]:
+    return set(getattr(language_model.config.get_text_config(), "layer_types", None) or ())
 
 
 def _has_experts(language_model: PreTrainedModel) -> bool:

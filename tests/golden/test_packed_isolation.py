@@ -157,6 +157,13 @@ def test_a_model_that_mixes_samples_is_refused() -> None:
         check_isolation(bloom, implementation=choose_attention(bloom))
 
 
+def test_layers_that_carry_a_state_are_refused_by_their_type() -> None:
+    model = llama()
+    model.config.layer_types = ["full_attention", "linear_attention"]
+    with pytest.raises(ConfigError, match="layers of type linear_attention, which carry a state"):
+        check_isolation(model, implementation="sdpa")
+
+
 def test_attention_that_looks_at_everything_is_refused() -> None:
     model = llama()
     model.set_attn_implementation("sdpa")
