@@ -129,8 +129,8 @@ def check_isolation(language_model: PreTrainedModel, *, implementation: str) -> 
     stateful = _layer_types(language_model) - {"full_attention", "sliding_attention", "chunked_attention"}
     if stateful:
         raise ConfigError(
-            f"{type(language_model).__name__} has layers of type {', '.join(sorted(stateful))}, which carry a state from "
-            "one sample of a packed row to the next; choose another model"
+            f"{type(language_model).__name__} has layers of type {', '.join(sorted(stateful))}, which carry "
+            "a state from one sample of a packed row to the next; choose another model"
         )
     device = language_model.device
     table = token_table(language_model)
