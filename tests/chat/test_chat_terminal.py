@@ -49,7 +49,7 @@ def test_a_missing_picture_is_found_before_the_model_is_opened(tmp_path: Path) -
 def test_a_conversation_through_pipes(llama_stage: Path, llama: Chat, tmp_path: Path) -> None:
     (tmp_path / "a red one.png").write_bytes(picture("red"))
     with subprocess.Popen(
-        [sys.executable, "-c", START, str(llama_stage), "1200"],
+        [sys.executable, "-c", START, str(llama_stage), "300"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -66,7 +66,7 @@ def test_a_conversation_through_pipes(llama_stage: Path, llama: Chat, tmp_path: 
             b"/reset\n/image a red one.png\n/image nowhere.png\n/help\n/nonsense\n\n/quit\nunread\n", timeout=60
         )
     said, _, rest = (begun + out).decode().partition("\nforgotten\n")
-    whole = llama.ask("Describe the image.", max_new_tokens=1200)
+    whole = llama.ask("Describe the image.", max_new_tokens=300)
     assert whole.startswith(said)
     assert len(said) < len(whole)  # Ctrl-C stopped it
     assert rest == f"1 picture for the next question\n{HELP}\n"
