@@ -56,10 +56,16 @@ class Conversion:
 
 
 def convert(
-    conversion: Conversion, *, processes: int | None = None, overwrite: bool = False, progress: bool = True
+    conversion: Conversion,
+    *,
+    reader: Reader | None = None,
+    processes: int | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
 ) -> Manifest:
     """Write the shards of ``conversion`` and return their manifest.
 
+    reader: of conversations that have no published form; None opens the one that ``conversion`` names.
     processes: None uses every core. overwrite: replace a finished target, and restart an unfinished one.
     Raises DataError: a source that is missing, broken or empty, more bad records than ``max_bad``, a finished target,
     an unfinished one of another conversion, a full disk.
@@ -68,7 +74,7 @@ def convert(
         raise DataError(f"shard_samples is {conversion.shard_samples}; a shard holds at least one sample")
     target = conversion.target
     check_target(target, overwrite=overwrite)
-    reader = open_reader(
+    reader = reader if reader is not None else open_reader(
         conversion.reader,
         conversion.source,
         name=conversion.name,
