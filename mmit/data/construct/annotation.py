@@ -99,7 +99,7 @@ def read_annotation(record: Mapping[str, Any], *, convention: Convention = "xyxy
         description=_text(record, "description"),
         questions=tuple(_question(each) for each in given),
         label=_text(record, "class"),
-        lines=_texts(record, "text"),
+        lines=tuple(line.strip() for text in _texts(record, "text") for line in text.splitlines() if line.strip()),
         regions=tuple(_region(each) for each in _objects(record, "boxes")),
         convention=stated,
         absent=_texts(record, "absent"),
@@ -142,7 +142,7 @@ def _texts(record: Mapping[str, Any], key: str) -> tuple[str, ...]:
     values = [] if found is None else found if isinstance(found, list) else [found]
     if not all(isinstance(value, str | int | float) and not isinstance(value, bool) for value in values):
         raise SampleError(f"'{key}' is neither a text nor a list of texts")
-    return tuple(text for value in values if (text := " ".join(str(value).split())))
+    return tuple(text for value in values if (text := str(value).strip()))
 
 
 def _objects(record: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
