@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from mmit import __version__, cli_data
-from mmit.errors import MmitError
+from mmit.errors import ConfigError, MmitError
 
 app = typer.Typer(
     help="Compose a vision-language model, teach it in stages, and know that it is right.",
@@ -73,8 +73,9 @@ def train(
     if is_launched():
         from mmit.train.stage import train_stage
 
-        for name in stages:
-            train_stage(config, name, fresh=fresh)
+        if len(stages) > 1:
+            raise ConfigError(f"a launcher trains one stage: add --stage, one of {', '.join(stages)}")
+        train_stage(config, stages[0], fresh=fresh)
         return
     set_up_logging()
     command = ["train", str(file), *(overrides or [])]

@@ -182,6 +182,8 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
 
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation 1..8; 1 where there is none or it is unreadable."""
+    if image.format == "TIFF":
+        return 1  # Pillow itself turns these upright
     if image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys():
         return 1  # getexif would decode the whole PNG to look for a chunk behind the pixels
     try:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -83,10 +84,10 @@ def run_file(folder: Path, parts: dict, shards: Path, **stage: object) -> Path:
     return path
 
 
-def converted(folder: Path, **options: object) -> Path:
+def converted(folder: Path, **options: Any) -> Path:
     from mmit.data.convert import Conversion, convert
 
-    source = records(folder, **options)  # type: ignore[arg-type]
+    source = records(folder, **options)
     target = folder / "shards"
     convert(Conversion(reader="llava_json", source=source, target=target, name="t"), processes=1, progress=False)
     return target

@@ -136,6 +136,15 @@ def test_exif_rotation_is_applied(exact: bool) -> None:
     assert torch.equal(spec(exact=exact).prepare(data), spec(exact=exact).prepare(upright))
 
 
+def test_a_tiff_is_turned_once() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(photo(40, 20), "TIFF", exif=exif)
+    assert read_size(data) == (20, 40)
+    upright = encoded(photo(40, 20).transpose(Image.Transpose.ROTATE_270))
+    assert torch.equal(spec().prepare(data), spec().prepare(upright))
+
+
 def test_broken_exif_leaves_the_image_as_it_is() -> None:
     data = encoded(photo(40, 20), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
     assert read_size(data) == (40, 20)

@@ -29,7 +29,7 @@ LAYERS = {
     "evaluate": 5,
     "demo": 5,
     "cli": 6,
-    "cli_data": 5,
+    "cli_data": 6,
     "__main__": 7,
 }
 
@@ -81,7 +81,7 @@ def test_imports_go_only_downwards() -> None:
             target = parts[1]
             if (room, target) in SIBLINGS_ALLOWED or LAYERS[target] < LAYERS[room]:
                 continue
-            if LAYERS[target] == LAYERS[room] and LAYERS[room] in (1, 2, 3):
+            if LAYERS[target] == LAYERS[room] and LAYERS[room] in (1, 2, 3, 6):
                 continue
             upward.append(f"{path.relative_to(ROOT)} imports mmit.{target}")
     assert upward == []

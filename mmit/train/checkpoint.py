@@ -15,16 +15,18 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mmit.config import RunConfig
 from mmit.distributed import all_reduce_sum, logger, rank, world_size
 from mmit.errors import CheckpointError
 from mmit.train.engine import Engine, device
+from mmit.train.settings import check_unchanged, deciding_settings
 
 MARKER = "COMPLETE"
 VERSION = 1
@@ -39,8 +41,8 @@ class RunState:
     plan: str
     world: int
     zero_stage: int
-    seed: int
     precision: str
+    settings: Mapping[str, Any]
     version: int = VERSION
 
 
@@ -67,13 +69,13 @@ def read_state(checkpoint: Path) -> RunState:
 
 def check_continues(found: RunState, wanted: RunState, checkpoint: Path) -> None:
     """Raise CheckpointError, saying what changed, where a checkpoint belongs to another run than the one asked for."""
+    check_unchanged(found.settings, wanted.settings, what=checkpoint)
     remedy = "undo the change, or start again with --fresh"
     same = {
-        "plan": "the data, their order or their packing changed (data, batch, seed, epochs, tokenizer or template)",
+        "plan": "the data changed: shards, lengths, tokenizer or template are not those of before",
         "world": f"it was written by {found.world} ranks and this run has {wanted.world}",
         "zero_stage": f"it was written under ZeRO-{found.zero_stage} and this run asks for ZeRO-{wanted.zero_stage}",
         "precision": f"it was written in {found.precision} and this run asks for {wanted.precision}",
-        "seed": f"it was written with seed {found.seed} and this run has {wanted.seed}",
     }
     for field, change in same.items():
         if getattr(found, field) != getattr(wanted, field):
@@ -171,7 +173,7 @@ def load_engine(checkpoint: Path, engine: Engine) -> None:
     logger.info("continues from %s", checkpoint)
 
 
-def facts(config: dict[str, Any], *, stage: str, plan: str) -> dict[str, Any]:
+def facts(config: RunConfig, *, stage: str, plan: str) -> dict[str, Any]:
     """What a model directory is said to be made from: the resolved config, package versions, git state."""
     import platform
     from importlib.metadata import version
@@ -180,7 +182,8 @@ def facts(config: dict[str, Any], *, stage: str, plan: str) -> dict[str, Any]:
     return {
         "stage": stage,
         "plan": plan,
-        "config": config,
+        "settings": deciding_settings(config, stage),
+        "config": config.model_dump(mode="json"),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "git": _git_state(),
         "ranks": world_size(),

@@ -7,6 +7,7 @@ too.
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import signal
 import socket
@@ -21,6 +22,7 @@ from types import FrameType
 from mmit.config import RunConfig
 from mmit.distributed import logger
 from mmit.errors import EXIT_INTERRUPTED, ConfigError, Interrupted, TrainingError
+from mmit.train.settings import check_unchanged, deciding_settings
 
 GRACE_SECONDS = 60.0
 """How long ranks may take to save after SIGTERM before they are killed; a second signal cuts it short."""
@@ -42,6 +44,8 @@ def run_stages(
     for name in stages:
         folder = config.stage_folder(name)
         if (folder / "model" / "mmit.json").is_file() and not fresh:
+            made_from = json.loads((folder / "model" / "mmit.json").read_text(encoding="utf-8")).get("made_from", {})
+            check_unchanged(made_from.get("settings", {}), deciding_settings(config, name), what=folder)
             logger.info("stage %s: complete, see %s (--fresh trains it again)", name, folder / "model")
             continue
         count = ranks or local_ranks(config)

@@ -18,6 +18,7 @@ from mmit.config_file import resolved_yaml
 from mmit.distributed import barrier, is_launched, logger, rank, set_up_logging, world_size
 from mmit.errors import ConfigError, Interrupted
 from mmit.train.launch import end_with_launcher
+from mmit.train.settings import deciding_settings
 
 if TYPE_CHECKING:
     from mmit.models import LoadedModel
@@ -82,8 +83,8 @@ def _train(config: RunConfig, name: str, *, stop: StopRequest, fresh: bool) -> P
         plan=feed.plan.fingerprint,
         world=world_size(),
         zero_stage=stage.zero.stage,
-        seed=config.seed,
         precision=str(dtype).removeprefix("torch."),
+        settings=deciding_settings(config, name),
     )
     engine = _make_engine(stage, loaded, dtype=dtype)
     state = _resume(folder, engine, state)
@@ -104,7 +105,7 @@ def _train(config: RunConfig, name: str, *, stop: StopRequest, fresh: bool) -> P
             tensorboard=stage.log.tensorboard,
             resume_step=state.step,
         )
-    made_from = checkpoint.facts(config.model_dump(mode="json"), stage=name, plan=feed.plan.fingerprint)
+    made_from = checkpoint.facts(config, stage=name, plan=feed.plan.fingerprint)
     write_model = _model_writer(engine, loaded, made_from)
     first = state.step + 1
     check = FirstStepCheck(engine.module)
@@ -139,7 +140,8 @@ def _train(config: RunConfig, name: str, *, stop: StopRequest, fresh: bool) -> P
             after_step=after_step,
         )
         if not finished:
-            save()
+            if done > state.step:
+                save()
             raise Interrupted(f"stage {name}: saved at step {done} of {feed.plan.steps}; the same command continues it")
         return _finish(folder, write_model)
     finally:
@@ -149,8 +151,12 @@ def _train(config: RunConfig, name: str, *, stop: StopRequest, fresh: bool) -> P
 
 def _open_folder(folder: Path, config: RunConfig, *, fresh: bool) -> None:
     try:
-        if fresh:
-            shutil.rmtree(folder, ignore_errors=True)
+        if fresh and folder.exists():
+            if not (folder / "config.yaml").is_file():
+                raise ConfigError(
+                    f"--fresh would remove {folder}, which no run of mmit has written; remove it yourself"
+                )
+            shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(resolved_yaml(config), encoding="utf-8")
     except OSError as error:

@@ -98,6 +98,13 @@ def test_a_complete_stage_is_not_trained_again(run_file: Path, aligned: Path) ->
     assert (aligned / "model" / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_a_complete_stage_of_an_edited_run_file_is_not_taken_for_the_new_one(run_file: Path, aligned: Path) -> None:
+    assert aligned.is_dir()
+    done = mmit("train", str(run_file), "--stage", "align", "stages.align.train.connector=2e-2")
+    assert done.returncode == 2
+    assert "stages.align.train.connector was 0.01 and is 0.02" in done.stderr
+
+
 def test_deepspeeds_own_launcher_trains_the_next_stage(run_file: Path, aligned: Path) -> None:
     launcher = Path(sys.executable).parent / "deepspeed"
     words = [str(launcher), "--num_accelerators", "2", "--master_port", str(free_port()), "--module", "mmit"]
@@ -135,11 +142,12 @@ def test_deepspeeds_own_launcher_trains_the_next_stage(run_file: Path, aligned: 
 
 
 def test_bf16_trains_under_zero_2(run_file: Path, tmp_path: Path) -> None:
-    changes = (f"output={tmp_path}", "precision=bf16", "stages.align.max_steps=2")
+    changes = (f"output={tmp_path}", "precision=bf16", "stages.align.max_steps=2", "stages.align.log.tensorboard=true")
     done = mmit("train", str(run_file), *changes, "--stage", "align")
     assert done.returncode == 0, done.stderr
     weights = load_file(tmp_path / "align" / "model" / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    assert list((tmp_path / "align" / "tensorboard").glob("events*"))
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_a_sentence(run_file: Path, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_adamw_moves_by_the_learning_rate_in_its_first_step(step: int) -> None:
 
     # Adam's first update is lr * g / (|g| + eps): the sign of the gradient times lr
     weight = nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
-    optimizer = adamw([{"params": [weight], "lr": 0.1}], betas=(0.9, 0.999), eps=1e-12)
+    optimizer = adamw([{"params": [weight], "lr": 0.1, "weight_decay": 0.0}], betas=(0.9, 0.999), eps=1e-12)
     weight.grad = torch.tensor([5.0, -1.0, 0.5])
     optimizer.step()
     expected = torch.tensor([0.9, -1.9, 2.9])

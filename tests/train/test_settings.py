@@ -1,0 +1,48 @@
+"""An edited run file is not silently taken for the one before."""
+
+from pathlib import Path
+
+import pytest
+
+from mmit.config_file import parse
+from mmit.errors import ConfigError
+from mmit.train.settings import check_unchanged, deciding_settings
+
+RUN = """
+name: tiny
+model: {path: some/model}
+stages:
+  one:
+    train: {connector: 1e-3}
+    data: {mix: [{shards: a}]}
+    batch: {length: 8, tokens_per_step: 16}
+  two:
+    init_from: one
+    train: {connector: 1e-3}
+    data: {mix: [{shards: a}]}
+    batch: {length: 8, tokens_per_step: 16}
+"""
+
+
+def settings(*overrides: str, stage: str = "one") -> dict:
+    return deciding_settings(parse(RUN, source="run.yaml", overrides=list(overrides)), stage)
+
+
+@pytest.mark.parametrize("override", ["stages.two.train.connector=1", "stages.one.save.every_steps=7", "output=x"])
+def test_what_does_not_decide_the_weights_of_a_stage_may_change(override: str) -> None:
+    check_unchanged(settings(), settings(override), what=Path("run/one"))
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("stages.one.train.connector=2e-3", "stages.one.train.connector was 0.001 and is 0.002"),
+        ("seed=1", "seed was 0 and is 1"),
+        ("model.path=other", "model.path was 'some/model' and is 'other'"),
+        ("stages.one.train.language_model=1", "stages.one.train.language_model was 'not set' and is 1.0"),
+    ],
+)
+def test_what_decides_them_is_named_with_both_values(override: str, told: str) -> None:
+    with pytest.raises(ConfigError, match="--fresh") as caught:
+        check_unchanged(settings(), settings(override), what=Path("run/one"))
+    assert told in str(caught.value)
