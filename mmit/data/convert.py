@@ -7,14 +7,15 @@ was killed keeps its finished shards, and the same command continues it.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from mmit import __version__
 from mmit.data.conversion_folder import check_target, exclusive, publish, start_or_continue, write_bytes, write_json
-from mmit.data.faults import BadSample, SampleError, first_three
-from mmit.data.order import key, permutation
+from mmit.data.faults import BadSample, SampleError, SkippedError, first_three
 from mmit.data.parallel import run, usable_cores, with_progress
 from mmit.data.readers import Reader, open_reader
 from mmit.data.shards import Manifest, ShardInfo, ShardWriter
@@ -32,7 +33,7 @@ _DECODING = ImageSpec(
 class Conversion:
     """What to convert, and into what; two equal ones over equal sources give the same bytes.
 
-    source, reader, images, prompt, follow_links: see ``readers.open_reader``.
+    source, reader, images, prompt, follow_links, options: see ``readers.open_reader``.
     shard_samples, shard_bytes: a shard ends at whichever comes first. seed: of the one shuffle of all samples.
     verify: read each picture's header, or decode it too. max_bad: share of bad records that is tolerated.
     records: how many the source must hold; 0 takes any number.
@@ -45,6 +46,7 @@ class Conversion:
     images: Path | None = None
     prompt: str = ""
     follow_links: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
     shard_samples: int = 10_000
     shard_bytes: int = 1 << 30
     seed: int = 0
@@ -74,17 +76,22 @@ def convert(
         raise DataError(f"shard_samples is {conversion.shard_samples}; a shard holds at least one sample")
     target = conversion.target
     check_target(target, overwrite=overwrite)
-    reader = reader if reader is not None else open_reader(
-        conversion.reader,
-        conversion.source,
-        name=conversion.name,
-        images=conversion.images,
-        prompt=conversion.prompt,
-        follow_links=conversion.follow_links,
+    reader = (
+        reader
+        if reader is not None
+        else open_reader(
+            conversion.reader,
+            conversion.source,
+            name=conversion.name,
+            images=conversion.images,
+            prompt=conversion.prompt,
+            follow_links=conversion.follow_links,
+            options=conversion.options,
+        )
     )
-    if conversion.records not in (0, len(reader)):
+    if conversion.records not in (0, reader.published):
         raise DataError(
-            f"{conversion.source}: holds {len(reader)} records and {conversion.records} are expected; was it "
+            f"{conversion.source}: holds {reader.published} records and {conversion.records} are expected; was it "
             "downloaded whole? For a part of the set on purpose, take 'records' out of the recipe"
         )
     partial = target.with_name(target.name + ".partial")
@@ -106,12 +113,13 @@ class _Done:
     records: int
     shards: tuple[ShardInfo, ...]
     bad: tuple[BadSample, ...]
+    skipped: Mapping[str, int]  # by reason
     text_only: int
     text_bytes: int
 
 
 def _run_jobs(conversion: Conversion, reader: Reader, partial: Path, processes: int, *, progress: bool) -> list[_Done]:
-    order = permutation(len(reader), key(conversion.seed, "convert"))
+    order = reader.order(conversion.seed)
     # a small set still becomes several shards, so that several processes have work
     size = min(conversion.shard_samples, max(SMALL_SHARD, -(-len(order) // 32)))
     jobs = range((len(order) + size - 1) // size)
@@ -135,6 +143,7 @@ def _write_job(conversion: Conversion, reader: Reader, partial: Path, job: int, 
     """Write the samples at ``rows`` into shard ``job``, and note that it is done."""
     shards: list[ShardInfo] = []
     bad: list[BadSample] = []
+    skipped: Counter[str] = Counter()
     text_only = text_bytes = 0
     waiting = iter(rows)
     row = next(waiting, None)
@@ -146,6 +155,8 @@ def _write_job(conversion: Conversion, reader: Reader, partial: Path, job: int, 
                     conversation = reader.read(row)
                     if conversion.verify == "decode":
                         decode_all(conversation.images)
+                except SkippedError as error:
+                    skipped[str(error)] += 1
                 except SampleError as error:
                     bad.append(_bad(reader, conversion, row, error))
                 else:
@@ -160,6 +171,7 @@ def _write_job(conversion: Conversion, reader: Reader, partial: Path, job: int, 
         records=len(rows),
         shards=tuple(shards),
         bad=tuple(bad),
+        skipped=dict(skipped),
         text_only=text_only,
         text_bytes=text_bytes,
     )
@@ -200,8 +212,12 @@ def _write_bad(partial: Path, bad: tuple[Any, ...]) -> None:
 
 def _manifest(conversion: Conversion, done: list[_Done]) -> Manifest:
     shards = tuple(shard for found in done for shard in found.shards)
+    skipped = sum((Counter(found.skipped) for found in done), Counter())
     if not shards:
-        raise DataError(f"{conversion.source}: every record is bad, nothing was written; see {BAD_LIST}")
+        raise DataError(
+            f"{conversion.source}: every record is bad (see {BAD_LIST}) or skipped ({_counted(skipped) or 'none'}), "
+            "nothing was written"
+        )
     return Manifest(
         name=conversion.name,
         created_by=f"mmit {__version__}",
@@ -212,12 +228,18 @@ def _manifest(conversion: Conversion, done: list[_Done]) -> Manifest:
             "text_only": sum(found.text_only for found in done),
             "text_bytes": sum(found.text_bytes for found in done),
             "bad": sum(len(found.bad) for found in done),
+            "skipped": skipped.total(),
         },
         recipe_digest=conversion.recipe_digest,
         source=str(conversion.source),
         licence=conversion.licence,
         bad=tuple(asdict(bad) for found in done for bad in found.bad),
+        skipped=dict(sorted(skipped.items())),
     )
+
+
+def _counted(skipped: Mapping[str, int]) -> str:
+    return "; ".join(f"{count}: {reason}" for reason, count in sorted(skipped.items()))
 
 
 def _plan(conversion: Conversion, reader: Reader) -> dict[str, Any]:

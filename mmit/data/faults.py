@@ -1,6 +1,7 @@
 """What can be wrong with data, by who has to react.
 
-A broken sample is left out, counted and listed; storage that fails ends the run, since the sample itself may be whole.
+A broken sample is left out, counted and listed; one that is not wanted is left out and counted; storage that fails
+ends the run, since the sample itself may be whole.
 """
 
 from __future__ import annotations
@@ -12,6 +13,10 @@ from mmit.errors import DataError
 
 class SampleError(DataError):
     """One record or sample is wrong; the others are not. The message is the reason alone, without its name."""
+
+
+class SkippedError(DataError):
+    """A record that the recipe leaves out on purpose: no fault, and counted by its reason, which is the message."""
 
 
 class StorageError(DataError):

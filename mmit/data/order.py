@@ -37,6 +37,21 @@ def permutation(count: int, stream: np.uint64) -> np.ndarray:
     return np.argsort(hashes(count, stream), kind="stable")
 
 
+def windowed(blocks: Sequence[int], stream: np.uint64, *, window: int) -> np.ndarray:
+    """The numbers 0 .. sum(blocks) - 1, int64: blocks in a stream's order, mixed within ``window`` of them.
+
+    A reader that keeps ``window`` blocks reads each of them about once.
+    """
+    starts = np.cumsum([0, *blocks])
+    order = permutation(len(blocks), stream)
+    mix = hashes(int(starts[-1]), key("mix", int(stream)))
+    parts = [
+        np.concatenate([np.arange(starts[block], starts[block + 1]) for block in order[first : first + window]])
+        for first in range(0, len(order), window)
+    ]
+    return np.concatenate([part[np.argsort(mix[part], kind="stable")] for part in parts or [np.zeros(0, np.int64)]])
+
+
 def draws_of_epoch(count: int, draws: int, epoch: int, *, seed: int, source: int) -> np.ndarray:
     """Which of ``count`` samples a source contributes in one epoch, in order: (draws,) int64.
 

@@ -52,7 +52,7 @@ class ShardInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a finished conversion is: its shards, totals, bad records, and where it came from."""
+    """What a finished conversion is: its shards, totals, what was left out (bad, or skipped on purpose), its source."""
 
     name: str
     created_by: str
@@ -62,6 +62,7 @@ class Manifest:
     source: str
     licence: str = ""
     bad: tuple[Mapping[str, str], ...] = ()
+    skipped: Mapping[str, int] = field(default_factory=dict)
     format: str = field(default=FORMAT)
 
     def write(self, directory: Path) -> None:

@@ -53,7 +53,7 @@ def test_the_manifest_says_what_is_there(tmp_path: Path) -> None:
     run(made)
     manifest = json.loads((made.target / "manifest.json").read_text())
     # the answers are "red red red", the questions "What is it?"
-    assert manifest["totals"] == {"samples": 2, "images": 1, "text_only": 1, "text_bytes": 44, "bad": 0}
+    assert manifest["totals"] == {"samples": 2, "images": 1, "text_only": 1, "text_bytes": 44, "bad": 0, "skipped": 0}
     assert (manifest["licence"], manifest["recipe_digest"], manifest["name"]) == ("CC0", "d", "set")
     assert [shard["samples"] for shard in manifest["shards"]] == [2]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["shards", "source"]

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mmit.data.sources.box_texts import Given, Wanted
+
 _COCO = re.compile(r"(^|/)(?:COCO_(?:train|val|test)20\d\d_)?(\d{12}\.jpg)$")
 _COCO_SPLITS = ("COCO_train2014_", "COCO_val2014_", "")
 _ASCII = 128
@@ -24,7 +26,7 @@ class PictureOptions:
     file (OCR-VQA names .jpg what was saved as .gif or .png). escaped_names: also look for names as Info-ZIP unpacks
     them, ``#U91d1`` for a character. coco_names: with or without ``COCO_train2014_`` or ``COCO_val2014_``.
     missing_images: a picture that is missing makes a bad record, or one that is left out and counted.
-    boxes: what boxes in the texts mean, see ``boxes``; boxes_to: what they become.
+    boxes: what boxes in the texts mean, see ``box_texts``; boxes_to: what they become.
     """
 
     prefixes: Mapping[str, str] = field(default_factory=dict)
@@ -32,8 +34,8 @@ class PictureOptions:
     escaped_names: bool = False
     coco_names: bool = False
     missing_images: Literal["error", "skip"] = "error"
-    boxes: Literal["none", "xyxy01", "xyxy01_padded", "xyxy_px", "xywh_px"] = "none"
-    boxes_to: Literal["keep", "xyxy01", "xyxy01_padded"] = "keep"
+    boxes: Given = "none"
+    boxes_to: Wanted = "keep"
 
 
 def candidates(reference: str, options: PictureOptions) -> Iterator[str]:

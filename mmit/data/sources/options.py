@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
@@ -15,8 +15,8 @@ Kind = TypeVar("Kind")
 
 
 def split_options(given: Mapping[str, Any], kinds: tuple[type, ...], *, place: str) -> list[dict[str, Any]]:
-    """The options that belong to each of the dataclasses ``kinds``. Raises DataError for a key that none of them has."""
-    known = {field.name: number for number, kind in enumerate(kinds) for field in fields(kind)}
+    """The options that belong to each of the dataclasses ``kinds``. Raises DataError for a key that none has."""
+    known = {field.name: number for number, kind in enumerate(kinds) for field in fields(cast("Any", kind))}
     parts: list[dict[str, Any]] = [{} for _ in kinds]
     for key, value in given.items():
         if key not in known:
