@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from mmit.data.convert import Conversion
-from mmit.errors import ConfigError
+from mmit.data.readers import reader_options
+from mmit.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 FOLDER = "data_recipes"
+_KINDS = {"tuple[str, ...]": "list of sentences", "Mapping[str, Any]": "mapping"}
 _SHIPPED = Path(__file__).parents[2] / FOLDER
 
 
@@ -27,7 +32,8 @@ class Recipe:
     """A data set: what it is, where its files are, how they are read, and where its shards go.
 
     source, images, shards: paths from ``root``. records: how many the published file holds; 0 leaves it unchecked.
-    The rest is as in ``convert.Conversion``.
+    files: what to download and how it is laid out. traps: what is odd about the set, and what is done about it.
+    options: those of the reader, see ``readers.open_reader``. The rest is as in ``convert.Conversion``.
     """
 
     name: str
@@ -39,9 +45,12 @@ class Recipe:
     url: str = ""
     paper: str = ""
     licence: str = ""
+    files: tuple[str, ...] = ()
+    traps: tuple[str, ...] = ()
     records: int = 0
     prompt: str = ""
     follow_links: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
     shard_samples: int = 10_000
     seed: int = 0
     max_bad: float = 0.001
@@ -63,6 +72,7 @@ class Recipe:
             images=self.root / Path(self.images).expanduser() if self.images else None,
             prompt=self.prompt,
             follow_links=self.follow_links,
+            options=self.options,
             shard_samples=self.shard_samples,
             seed=self.seed,
             max_bad=self.max_bad,
@@ -89,7 +99,33 @@ def load_recipe(name: str | Path, *, beside: Path | None = None, root: Path | No
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of keys such as name, reader, source, shards")
     checked = _checked(content, path)
+    try:
+        reader_options(checked["reader"], checked.get("options", {}))
+    except DataError as error:
+        raise ConfigError(f"{path}: {error}") from None
     return Recipe(**checked, root=root or Path(), digest=hashlib.sha256(text).hexdigest())
+
+
+def list_recipes() -> list[Recipe]:
+    """All recipes in ./data_recipes and among those of mmit, by name; of two with one name, the nearer one.
+
+    Raises ConfigError for one that is wrong.
+    """
+    found: dict[str, Path] = {}
+    for folder in (Path(FOLDER), _SHIPPED):
+        for path in sorted(folder.glob("*.yaml")):
+            found.setdefault(path.stem, path)
+    return [load_recipe(found[name]) for name in sorted(found)]
+
+
+def recipe_table(recipes: Sequence[Recipe]) -> Table:
+    """Name, reader, published records and subject of each, for the terminal."""
+    from rich.table import Table
+
+    table = Table("recipe", "reader", "records", "about", box=None, pad_edge=False)
+    for recipe in recipes:
+        table.add_row(recipe.name, recipe.reader, f"{recipe.records:,}" if recipe.records else "-", recipe.about)
+    return table
 
 
 def find_recipe(name: str | Path, *, beside: Path | None = None) -> Path:
@@ -118,7 +154,7 @@ def _checked(content: Mapping[Any, Any], path: Path) -> dict[str, Any]:
                 f"{path}: unknown key '{key}'; "
                 + (f"did you mean '{near[0]}'?" if near else f"known: {', '.join(own)}")
             )
-    missing = [name for name, field in own.items() if field.default is MISSING and name not in content]
+    missing = [name for name, field in own.items() if field.default is field.default_factory is MISSING and name not in content]
     if missing:
         raise ConfigError(f"{path}: missing {', '.join(missing)}")
     return {key: _typed(value, str(own[key].type), f"{path}: {key}") for key, value in content.items()}
@@ -129,9 +165,13 @@ def _typed(value: Any, kind: str, place: str) -> Any:  # noqa: ANN401  (a YAML v
         # YAML reads 1e-3 as text and 1 as an integer
         if kind == "float" and not isinstance(value, bool):
             return float(value)
-        wanted = {"str": str, "int": int, "bool": bool}[kind]
+        if kind == "tuple[str, ...]":
+            if not isinstance(value, list) or not all(isinstance(line, str) for line in value):
+                raise ValueError
+            return tuple(value)
+        wanted = {"str": str, "int": int, "bool": bool, "Mapping[str, Any]": dict}[kind]
         if not isinstance(value, wanted) or (kind == "int" and isinstance(value, bool)):
             raise ValueError
     except (ValueError, TypeError):
-        raise ConfigError(f"{place}: {value!r} is not of type {kind}") from None
+        raise ConfigError(f"{place}: {value!r} is not of type {_KINDS.get(kind, kind)}") from None
     return value
