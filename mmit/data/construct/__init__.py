@@ -2,6 +2,6 @@
 
     annotations.jsonl --source--> one record per (annotation, task) --instruct--> conversations --convert--> shards
 
-``annotation`` is the form that is read, ``pools`` the wordings, ``tasks`` what can be asked of which annotation, ``boxes``
-the ways to write a box.
+``annotation`` is the form that is read, ``pools`` the wordings, ``tasks`` what can be asked of which annotation,
+``boxes`` the ways to write a box.
 """

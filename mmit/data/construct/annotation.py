@@ -4,7 +4,7 @@
  "caption": "..." or "captions": ["...", "..."],              one sentence each
  "description": "...",                                        several sentences
  "question": "...", "answer": "..." or "answers": [...],      also as a list "qa": [{"question", "answer", ...}, ...]
- "choices": ["...", "..."],                                   beside a question; the answer is one of them, or its letter
+ "choices": ["...", "..."],                                   of a question; the answer is one of them, or its letter
  "class": "tabby cat",
  "text": "..." or ["line", "line"],                           what is written in the picture
  "boxes": [{"box": [a, b, c, d], "label": "dog", "phrase": "the dog on the left", "colour": "brown", "text": "REX",
@@ -53,7 +53,7 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Annotation:
-    """What is known of one picture; ``size`` is the (width, height) that the record states, (0, 0) where it is silent."""
+    """What is known of one picture; ``size`` is the (width, height) that the record states, (0, 0) if it does not."""
 
     id: str
     image: str

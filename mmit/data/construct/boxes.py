@@ -35,9 +35,9 @@ _TOLERANCE = 0.02
 STATED: Mapping[Convention, str] = {
     "xyxy_px": "[left, top, right, bottom] in pixels",
     "xywh_px": "[left, top, width, height] in pixels",
-    "xyxy01": "[left, top, right, bottom] as fractions of the width and height",
-    "cxcywh01": "[centre x, centre y, width, height] as fractions of the width and height",
-    "xyxy01_padded": "[left, top, right, bottom] as fractions of the image padded to a square",
+    "xyxy01": "[left, top, right, bottom] in fractions of width and height",
+    "cxcywh01": "[centre x, centre y, width, height] in fractions of width and height",
+    "xyxy01_padded": "[left, top, right, bottom] in fractions of the image padded to a square",
     "xyxy_bins1000": "[left, top, right, bottom] on a scale from 0 to 999",
 }
 """What a wording says of a convention."""

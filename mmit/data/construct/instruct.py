@@ -72,7 +72,7 @@ def _turns(annotation: Annotation, pool: Pool, task: Task, draw: Draw, *, size: 
 def _size(annotation: Annotation, size: Size) -> Size:
     """The size of the picture, if what is stated and what was read agree."""
     stated = annotation.size
-    if size != (0, 0) and stated != (0, 0) and size != stated:
+    if size != (0, 0) and stated not in ((0, 0), size):
         raise SampleError(
             f"the record states {stated[0]} x {stated[1]} and the picture is {size[0]} x {size[1]} as displayed: "
             "its boxes are those of another picture"

@@ -20,7 +20,7 @@ import hashlib
 import re
 import string
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,7 +71,7 @@ class Pool:
             if name not in self.tasks:
                 raise ConfigError(f"the pool {self.name} has no task '{name}'{_hint(name, self.tasks)}")
         kept = {name: task for name, task in self.tasks.items() if not names or name in names}
-        return Pool(**{**vars(self), "tasks": kept})
+        return replace(self, tasks=kept)
 
 
 def load_pool(name: str | Path) -> Pool:

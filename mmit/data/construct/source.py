@@ -85,7 +85,7 @@ def open_annotations(construction: Construction) -> Reader:
         annotation = read_annotation(record["annotation"], convention=construction.boxes)
         picture = images.read(annotation.image) if annotation.image else b""
         conversation = instruct(
-            annotation, pool, seed=construction.seed, task=record["task"], size=_read_size(picture, annotation.image)
+            annotation, pool, seed=construction.seed, task=record["task"], size=picture_size(picture, annotation.image)
         )
         return replace(conversation, images=(picture,))
 
@@ -152,7 +152,8 @@ def _with_id(record: Mapping[str, Any], number: int) -> Mapping[str, Any]:
     return record if record.get("id") not in (None, "") else {**record, "id": str(number)}
 
 
-def _read_size(picture: bytes, name: str) -> tuple[int, int]:
+def picture_size(picture: bytes, name: str) -> tuple[int, int]:
+    """The displayed (width, height) of an encoded picture. Raises SampleError naming it."""
     try:
         return read_size(picture)
     except DataError as error:
