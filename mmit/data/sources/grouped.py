@@ -54,19 +54,19 @@ class Parts:
 class Joined:
     """The records of one file with the fields of the matching record of another added; their own fields win.
 
-    on: the field of ours that equals the field ``key`` of theirs. Raises DataError where that is not unique.
+    Field ``ours`` equals field ``theirs``. Raises DataError where that is not unique.
     """
 
-    def __init__(self, first: rows.Rows, other: JsonParts, *, on: str, key: str) -> None:
-        self.first, self.other, self.on = first, other, on
+    def __init__(self, first: rows.Rows, other: JsonParts, *, ours: str, theirs: str) -> None:
+        self.first, self.other, self.ours = first, other, ours
         self._place: dict[Any, int] = {}
         for number, (_, record) in enumerate(other.items()):
-            value = record.get(key) if isinstance(record, dict) else None
+            value = record.get(theirs) if isinstance(record, dict) else None
             if value is None:
-                raise DataError(f"{other.path}: element {number} has no '{key}' to join on")
+                raise DataError(f"{other.path}: element {number} has no '{theirs}' to join on")
             if value in self._place:
                 raise DataError(
-                    f"{other.path}: '{key}' {value} comes twice; make this file the source and join the other"
+                    f"{other.path}: '{theirs}' {value} comes twice; make this file the source and join the other"
                 )
             self._place[value] = number
 
@@ -76,9 +76,9 @@ class Joined:
     def read(self, number: int) -> Mapping[str, Any]:
         """The record with the other's fields. Raises SampleError where there is no other."""
         record = self.first.read(number)
-        place = self._place.get(record.get(self.on))
+        place = self._place.get(record.get(self.ours))
         if place is None:
-            raise SampleError(f"{self.other.path.name} has nothing for {self.on} {record.get(self.on)!r}")
+            raise SampleError(f"{self.other.path.name} has nothing for {self.ours} {record.get(self.ours)!r}")
         return {**self.other.item(place)[1], **record}
 
     def digest(self) -> str:

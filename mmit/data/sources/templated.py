@@ -69,12 +69,12 @@ class TemplateOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Join:
-    """Another list of records: ``on`` of ours is ``key`` of theirs (the same name if ""). file: "" is the source."""
+    """Another list: the field ``ours`` equals ``theirs`` (the same name if ""). file: "" is the source itself."""
 
-    on: str
+    ours: str
+    theirs: str = ""
     file: str = ""
     list: str = ""
-    key: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ def open_join(source: Path, options: JoinOptions, _root: Path) -> tuple[rows.Row
     found: rows.Rows = Parts(JsonParts(_file(source), options.list))
     for join in options.join:
         other = JsonParts(beside(source, join.file) if join.file else source, join.list)
-        found = Joined(found, other, on=join.on, key=join.key or join.on)
+        found = Joined(found, other, ours=join.ours, theirs=join.theirs or join.ours)
     return _opened(found, options)
 
 
