@@ -84,6 +84,8 @@ def publish(partial: Path, target: Path) -> None:
         os.replace(partial, target)
         (target / "conversion.json").unlink()
         shutil.rmtree(target / "jobs")
+        for abandoned in target.glob("*.partial"):
+            abandoned.unlink()
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise cannot_write(target, error) from None

@@ -6,6 +6,7 @@ is a hole in its row: nothing moves into its place, it is counted and listed, an
 
 from __future__ import annotations
 
+import atexit
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from mmit.data.plan import Plan, Row
 from mmit.errors import DataError
 
 Encode = Callable[[Conversation], Encoded]
+Made = tuple[Batch, list[BadSample], str]
+"""A micro-batch, the samples left out of it, and what ends the run (empty: nothing)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,13 +81,23 @@ class Loader:
             pin_memory=torch.cuda.is_available(),
             in_order=True,
         )
+        # The workers ignore SIGTERM, with which multiprocessing would end them at exit and then wait for them: the only
+        # reference to them is dropped instead, here or at exit, and torch closes them.
+        made: list[Iterator[Made]] = [iter(source)]
+        atexit.register(made.clear)
+        try:
+            yield from self._steps(made)
+        finally:
+            made.clear()
+            atexit.unregister(made.clear)
+
+    def _steps(self, made: list[Iterator[Made]]) -> Iterator[StepBatches]:
         skipped = 0
-        made = iter(source)
         for step in range(self.start_step, self.plan.steps):
             batches: list[Batch] = []
             holes: list[BadSample] = []
             for _ in range(self.micro_batches):
-                batch, bad, failure = next(made)
+                batch, bad, failure = next(made[0])
                 if failure:
                     raise DataError(failure)
                 batches.append(batch)
@@ -107,7 +120,7 @@ class Loader:
             )
 
 
-class _MicroBatches(Dataset[tuple[Batch, list[BadSample], str]]):
+class _MicroBatches(Dataset[Made]):
     """Micro-batch k of the rest of the run: what a worker makes. Failures travel as text, not as tracebacks."""
 
     def __init__(self, loader: Loader, encode: Encode, rows: int, pad_id: int, image_size: tuple[int, int]) -> None:
@@ -120,7 +133,7 @@ class _MicroBatches(Dataset[tuple[Batch, list[BadSample], str]]):
     def __len__(self) -> int:
         return (self.loader.plan.steps - self.loader.start_step) * self.loader.micro_batches
 
-    def __getitem__(self, index: int) -> tuple[Batch, list[BadSample], str]:
+    def __getitem__(self, index: int) -> Made:
         step, micro_batch = divmod(index, self.loader.micro_batches)
         rows = self.loader.rows(self.loader.start_step + step, micro_batch, self.rows)
         bad: list[BadSample] = []

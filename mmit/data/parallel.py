@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
@@ -116,9 +117,19 @@ def _hand_out(tasks: Sequence[Task], ours: list[Connection], workers: list[BaseP
             yield result
 
 
+def _die_with_parent() -> None:
+    """End at once when the parent is killed, and not only after the task at hand: it may hold a lock."""
+    if sys.platform == "linux":
+        import ctypes
+
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
 def _work(work: Callable[[Task], Result], connection: Connection, others: list[Connection]) -> None:
     for other in others:
         other.close()
+    _die_with_parent()
     # Ctrl-C reaches the whole process group; the parent decides what becomes of the workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -7,18 +7,20 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from data_factories import llava_record, picture, write_source
 
 from mmit.data import conversion_folder, shards
+from mmit.data import convert as convert_module
 from mmit.data.convert import Conversion, convert
 from mmit.data.faults import StorageError
 from mmit.data.shard_set import open_source
 from mmit.errors import DataError
 
 
-def conversion(folder: Path, content: list[dict], **more: object) -> Conversion:
+def conversion(folder: Path, content: list[dict], **more: Any) -> Conversion:
     source = write_source(folder / "source", content)
     return Conversion(reader="llava_json", source=source, target=folder / "shards", name="set", shard_samples=4, **more)
 
@@ -27,8 +29,9 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix in (".tar", ".json")}
 
 
-def run(made: Conversion, **more: object) -> None:
-    convert(made, **{"processes": 1, "progress": False, **more})
+def run(made: Conversion, **more: Any) -> None:
+    settings: dict[str, Any] = {"processes": 1, "progress": False, **more}
+    convert(made, **settings)
 
 
 def test_every_record_is_written_once_shuffled_once_and_the_same_each_time(tmp_path: Path) -> None:
@@ -174,16 +177,15 @@ def test_an_unfinished_conversion_is_not_continued_with_other_settings(tmp_path:
 
 
 def _convert_slowly(made: Conversion) -> None:
-    real = conversion_folder.write_json
+    real = convert_module.write_json
 
     def slow(path: Path, content: dict) -> None:
         real(path, content)
         time.sleep(0.3)
 
-    from mmit.data import convert as module
-
-    module.write_json = slow
-    convert(made, processes=2, progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convert_module, "write_json", slow)
+        convert(made, processes=2, progress=False)
 
 
 def test_a_killed_conversion_looks_unfinished_and_is_continued(tmp_path: Path) -> None:
@@ -201,7 +203,7 @@ def test_a_killed_conversion_looks_unfinished_and_is_continued(tmp_path: Path) -
     with pytest.raises(DataError, match="is an unfinished conversion: run the same"):
         open_source(made.target)
     kept = {path.stem: path.stat().st_ino for path in (tmp_path / "shards.partial").glob("*.tar")}
-    time.sleep(0.7)  # the workers end at their next task
+    time.sleep(0.1)  # its workers are killed with it, which frees the lock
     run(made)
     found = open_source(made.target)
     assert sorted(found.read(n).meta["id"] for n in range(40)) == sorted(f"r{n}" for n in range(40))
@@ -222,9 +224,9 @@ def test_an_unreadable_picture_is_not_blamed_on_the_record(tmp_path: Path, monke
     made = conversion(tmp_path, [llava_record(0)])
     import builtins
 
-    real = builtins.open
+    real: Any = builtins.open
 
-    def failing(path: object, *args: object, **more: object) -> object:
+    def failing(path: object, *args: Any, **more: Any) -> object:
         if str(path).endswith("a.jpg"):
             raise OSError(5, "Input/output error")
         return real(path, *args, **more)

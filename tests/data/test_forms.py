@@ -1,6 +1,7 @@
 """Published forms of conversations become content parts."""
 
 import base64
+from typing import Any
 
 import pytest
 from data_factories import picture
@@ -12,7 +13,7 @@ from mmit.data.faults import SampleError
 IMAGE = ImageRef(0)
 
 
-def llava(question: str, answer: str = "Red.", **more: object) -> forms.Record:
+def llava(question: str, answer: str = "Red.", **more: Any) -> forms.Record:
     turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     return forms.llava({"id": "1", "conversations": turns, **more})
 
@@ -106,7 +107,7 @@ def test_ids_and_plain_values_stay_in_meta() -> None:
     ).meta == {"id": 7}
 
 
-def messages(*turns: dict, **more: object) -> forms.Record:
+def messages(*turns: dict, **more: Any) -> forms.Record:
     return forms.messages({"messages": list(turns), **more})
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from data_factories import bomb, llava_record, picture, write_source
@@ -13,7 +14,7 @@ from mmit.data.rows import open_json, open_table
 from mmit.errors import DataError
 
 
-def reader(path: Path, kind: str = "llava_json", **more: object) -> Reader:
+def reader(path: Path, kind: str = "llava_json", **more: Any) -> Reader:
     return open_reader(kind, path, name="set", **more)
 
 

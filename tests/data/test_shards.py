@@ -8,7 +8,9 @@ import pickle
 import re
 import tarfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +35,7 @@ def conversation(images: int = 1, kind: str = "JPEG") -> Conversation:
     )
 
 
-def write_tar(path: Path, members: dict[str, bytes], **more: int) -> Path:
+def write_tar(path: Path, members: dict[str, bytes], **more: Any) -> Path:
     """A tar as another program would write it."""
     with tarfile.open(path, "w", **more) as tar:
         for name, content in members.items():
@@ -67,10 +69,17 @@ def test_pictures_are_stored_as_they_came_and_come_back_in_order_beyond_ten(tmp_
 
 
 def test_an_unfinished_shard_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), ShardWriter(tmp_path / "s.tar") as shard:
+    with suppress(RuntimeError), ShardWriter(tmp_path / "s.tar") as shard:
         shard.write("k", conversation())
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
+
+
+def write_many(path: Path) -> None:
+    with ShardWriter(path) as shard:
+        for number in range(100):
+            shard.write(f"{number}", conversation())
+        shard.finish()
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
@@ -81,10 +90,8 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
-        with pytest.raises(DataError, match=r"s\.tar: no space left"), ShardWriter(tmp_path / "s.tar") as shard:
-            for number in range(100):
-                shard.write(f"{number}", conversation())
-            shard.finish()
+        with pytest.raises(DataError, match=r"s\.tar: no space left"):
+            write_many(tmp_path / "s.tar")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
@@ -93,11 +100,11 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset's own
 def test_webdataset_reads_every_sample_as_we_do(tmp_path: Path) -> None:
-    import webdataset
+    from webdataset.compat import WebDataset
 
     shards = make_shards(tmp_path, 12)
     ours = [shards.read(number) for number in range(12)]
-    theirs = list(webdataset.WebDataset([str(tar) for tar in shards.tars], shardshuffle=False, empty_check=False))
+    theirs = list(WebDataset([str(tar) for tar in shards.tars], shardshuffle=False, empty_check=False))
     gc.collect()
     assert [sample["__key__"] for sample in theirs] == [shards.place(number)[1] for number in range(12)]
     for mine, other in zip(ours, theirs, strict=True):

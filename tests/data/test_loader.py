@@ -1,0 +1,236 @@
+"""Batches of a rank: exact for any world and workers, resumed without replay, with holes for broken samples."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from data_factories import encode, make_shards, measure, picture, talk
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmit.batch import IGNORE, Encoded
+from mmit.conversation import Conversation, ImageRef, Message
+from mmit.data.lengths import measure_lengths
+from mmit.data.loader import Loader, StepBatches
+from mmit.data.plan import Plan, make_plan
+from mmit.data.shard_set import ShardSet, open_source
+from mmit.data.shards import ShardWriter
+from mmit.errors import DataError
+
+LENGTH = 24
+
+
+def planned(shards: ShardSet, *, epochs: int = 1, rows_per_step: int = 6) -> Plan:
+    table = measure_lengths(shards, measure, fingerprint="f", max_skipped=0, processes=1, progress=False)
+    return make_plan(
+        [(shards, len(shards))],
+        [table],
+        length=LENGTH,
+        rows_per_step=rows_per_step,
+        packing=True,
+        images_per_row=8,
+        seed=0,
+        epochs=epochs,
+    )
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    return planned(make_shards(tmp_path_factory.mktemp("shards"), 90), epochs=2)
+
+
+def loader(plan: Plan, rank: int = 0, world: int = 1, **more: Any) -> Loader:
+    made: dict[str, Any] = {"rows_per_micro_batch": 2, "workers": 0, "pad_id": 7, "image_size": (2, 2), **more}
+    return Loader(plan, made.pop("encode", encode), rank=rank, world=world, **made)
+
+
+def ids(step: StepBatches) -> Counter[str]:
+    return Counter(name for batch in step.batches for name in batch.sample_ids)
+
+
+def global_steps(plan: Plan, world: int, **more: Any) -> list[Counter[str]]:
+    """The samples of each step over all ranks."""
+    ranks = [list(loader(plan, rank, world, **more)) for rank in range(world)]
+    assert len({len(steps) for steps in ranks}) == 1
+    for steps in zip(*ranks, strict=True):
+        assert len({step.step for step in steps}) == 1
+        assert len({len(step.batches) for step in steps}) == 1  # or ZeRO would wait for ever
+    return [sum((ids(step) for step in steps), Counter()) for steps in zip(*ranks, strict=True)]
+
+
+def test_every_sample_is_seen_as_often_as_planned(plan: Plan) -> None:
+    total = sum(global_steps(plan, 1), Counter())
+    assert total == {f"tiny/{number:08d}": 2 for number in range(90)}
+
+
+@settings(max_examples=8, deadline=None)
+@given(world=st.integers(2, 9), rows=st.integers(1, 4))
+def test_the_steps_are_the_same_for_any_number_of_ranks(plan: Plan, world: int, rows: int) -> None:
+    assert global_steps(plan, world, rows_per_micro_batch=rows) == global_steps(plan, 1)
+
+
+@settings(max_examples=8, deadline=None)
+@given(stops=st.lists(st.tuples(st.integers(0, 99), st.integers(1, 4)), max_size=3))
+def test_stopping_anywhere_and_going_on_with_another_world_changes_nothing(
+    plan: Plan, stops: list[tuple[int, int]]
+) -> None:
+    whole = global_steps(plan, 1)
+    found: list[Counter[str]] = []
+    for stop, world in [*sorted((at % plan.steps, world) for at, world in stops), (plan.steps, 2)]:
+        rest = global_steps(plan, world, start_step=len(found))
+        found += rest[: stop - len(found)]
+    assert found == whole
+
+
+def test_workers_change_nothing(plan: Plan) -> None:
+    alone, helped = list(loader(plan)), list(loader(plan, workers=2))
+    assert len(alone) == len(helped) == plan.steps
+    for one, two in zip(alone, helped, strict=True):
+        for mine, theirs in zip(one.batches, two.batches, strict=True):
+            assert torch.equal(mine.input_ids, theirs.input_ids)
+            assert torch.equal(mine.labels, theirs.labels)
+            assert mine.sample_ids == theirs.sample_ids
+
+
+def test_a_row_is_its_samples_one_after_another(plan: Plan) -> None:
+    first = next(iter(loader(plan, rows_per_micro_batch=6)))
+    (batch,) = first.batches
+    for row, planned_row in enumerate(plan.step(0)):
+        expected = [n for _, n in planned_row.samples for n in [n] * int(plan.tables[0].tokens[n])]
+        keys = [int(plan.sources[0].place(n)[1]) for n in expected]
+        assert batch.input_ids[row, : len(keys)].tolist() == keys
+        assert (batch.input_ids[row, len(keys) :] == 7).all()
+    assert batch.trained_tokens == int((batch.labels != IGNORE).sum())
+
+
+def test_fewer_samples_than_ranks_give_empty_batches_and_equal_steps(tmp_path: Path) -> None:
+    made = planned(make_shards(tmp_path, 3), rows_per_step=2)
+    steps = global_steps(made, 5)
+    assert sum(steps, Counter()) == {f"tiny/{n:08d}": 1 for n in range(3)}
+    idle = next(iter(loader(made, 4, 5)))
+    assert [batch.trained_tokens for batch in idle.batches] == [0]
+    assert idle.batches[0].input_ids.shape == (1, 1)
+
+
+def test_starting_late_reads_nothing_of_what_is_past(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[int] = []
+    real = ShardSet.read
+
+    def counted(self: ShardSet, number: int) -> Conversation:
+        reads.append(number)
+        return real(self, number)
+
+    monkeypatch.setattr(ShardSet, "read", counted)
+    (last,) = loader(plan, start_step=plan.steps - 1)
+    assert last.step == plan.steps - 1
+    assert len(reads) == sum(ids(last).values())
+
+
+def breaking(names: set[str]) -> Callable[[Conversation], Encoded]:
+    def encode_or_break(conversation: Conversation) -> Encoded:
+        if conversation.id in names:
+            raise DataError("the image is damaged")
+        return encode(conversation)
+
+    return encode_or_break
+
+
+def test_a_broken_sample_is_a_hole_and_nothing_shifts(plan: Plan) -> None:
+    broken = {"tiny/00000004", "tiny/00000031"}
+    whole = list(loader(plan))
+    holed = list(loader(plan, encode=breaking(broken), max_skipped=0.1))
+    for before, after in zip(whole, holed, strict=True):
+        assert ids(after) == Counter({name: k for name, k in ids(before).items() if name not in broken})
+        for one, two in zip(before.batches, after.batches, strict=True):
+            assert two.sample_ids == tuple(name for name in one.sample_ids if name not in broken)
+    listed = [bad for step in holed for bad in step.skipped]
+    assert Counter((bad.id, bad.key, bad.reason) for bad in listed) == {
+        (name, name[5:], "the image is damaged"): 2 for name in broken
+    }
+    assert all(bad.shard.startswith("shard-0000") for bad in listed)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_many_broken_samples_end_the_run(plan: Plan, workers: int) -> None:
+    names = {f"tiny/{n:08d}" for n in range(10)}
+    made = loader(plan, encode=breaking(names), max_skipped=0.05, workers=workers)  # 9 of 180 may be
+    with pytest.raises(DataError, match=r"1\d of 180 samples were broken, max_skipped 0\.05 allows 9; the last: shard"):
+        list(made)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_length_that_is_not_the_planned_one_ends_the_run(plan: Plan, workers: int) -> None:
+    def longer(conversation: Conversation) -> Encoded:
+        made = encode(conversation)
+        if conversation.id == "tiny/00000004":
+            made = replace(made, input_ids=made.input_ids.repeat(2), labels=made.labels.repeat(2))
+        return made
+
+    with pytest.raises(DataError, match=r"00000004 \(tiny/00000004\) is 16 tokens long and the plan says 8"):
+        list(loader(plan, encode=longer, workers=workers))
+
+
+def test_a_shard_that_vanishes_ends_the_run_by_name(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path, 30)
+    made = planned(shards)
+    shards.tars[2].write_bytes(b"")
+    with pytest.raises(DataError, match=r"shard-000002\.tar: ends before byte"):
+        list(loader(made, workers=1))
+
+
+def test_turns_that_the_plan_leaves_out_are_left_out_of_the_batch(tmp_path: Path) -> None:
+    messages = (
+        *talk("a", "b"),
+        Message(role="user", content=(ImageRef(0), "c")),
+        Message(role="assistant", content=("d",)),
+    )
+    with ShardWriter(tmp_path / "s.tar") as shard:
+        shard.write("5", Conversation(id="s/5", messages=messages, images=(picture(),), sizes=((8, 6),)))
+        shard.finish()
+    made = planned(open_source(tmp_path))
+    rows = made.tables[0].rows.copy()
+    rows[0] = (2, 1, 0, 2)
+    cut = replace(made, tables=(replace(made.tables[0], rows=rows),), tokens=np.array([2]))
+    (step,) = loader(cut)
+    assert step.batches[0].input_ids.tolist()[0][:2] == [5, 5]
+    assert step.batches[0].pixels.shape == (0, 3, 2, 2)
+
+
+def test_workers_survive_ctrl_c_and_a_schedulers_sigterm(plan: Plan) -> None:
+    import signal
+
+    before = set(multiprocessing.active_children())
+    steps = iter(loader(plan, workers=2))
+    seen = [ids(next(steps))]
+    workers = set(multiprocessing.active_children()) - before
+    assert len(workers) == 2
+    for worker in workers:
+        assert worker.pid is not None
+        os.kill(worker.pid, signal.SIGINT)
+        os.kill(worker.pid, signal.SIGTERM)
+    seen += [ids(step) for step in steps]
+    assert sum(seen, Counter()) == {f"tiny/{number:08d}": 2 for number in range(90)}
+
+
+def test_a_run_that_fails_ends_although_its_workers_wait(tmp_path: Path) -> None:
+    make_shards(tmp_path, 30)
+    script = tmp_path / "run.py"
+    script.write_text(
+        "from pathlib import Path\n"
+        "from test_loader import loader, open_source, planned\n"
+        f"steps = iter(loader(planned(open_source({str(tmp_path / 'tiny')!r})), workers=2))\n"
+        "next(steps)\n"
+        "raise SystemExit(3)\n"
+    )
+    folders = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    done = subprocess.run([sys.executable, script], env={**os.environ, "PYTHONPATH": folders}, timeout=60, check=False)
+    assert done.returncode == 3
