@@ -96,10 +96,12 @@ class Grouped:
         self.single = single
         groups: dict[Any, list[int]] = {}
         for number in range(len(single)):
-            value = single.read(number).get(by)
-            if value is None:
-                raise DataError(f"record {number} has no '{by}' to group by")
-            groups.setdefault(value, []).append(number)
+            try:
+                value = single.read(number).get(by)
+            except SampleError:
+                value = None
+            # one that is bad or cannot be grouped stands alone, so that no other is lost with it
+            groups.setdefault((by, number) if value is None else value, []).append(number)
         self.groups = [
             numbers[start : start + most] for numbers in groups.values() for start in range(0, len(numbers), most)
         ]

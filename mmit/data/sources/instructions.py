@@ -2,6 +2,7 @@
 
     {"image": ..., "conversations": [{"from", "value"}]}        LLaVA and whoever followed it
     {"images": [...], "texts": [{"user", "assistant"}]}         the_cauldron, FineVision
+    {"image": ..., "QA": [{"q", "a"}]}                          VideoChat's pictures
     {"images": [...], "messages": [{"role", "content"}]}        OpenAI's form
 
 The form is told by the keys of each record. What sets do differently is an option.
@@ -76,7 +77,7 @@ def _conversation(record: Mapping[str, Any], options: InstructionOptions) -> for
     turns = _answered(_rated(_turns(record), record, options.min_ratings), options.empty_answers)
     roles = {"human": "user", "gpt": "assistant", **options.roles}
     turns = [(roles.get(role, role) if isinstance(role, str) else role, text) for role, text in turns]
-    rest = {key: value for key, value in record.items() if key not in ("conversations", "texts")}
+    rest = {key: value for key, value in record.items() if key not in ("conversations", *_PAIRS)}
     if options.system:
         rest["system"] = _system(record, options)
     if options.placeholder == "front":
@@ -85,18 +86,20 @@ def _conversation(record: Mapping[str, Any], options: InstructionOptions) -> for
     return forms.messages({**rest, "messages": [{"role": r, "content": t} for r, t in [*opening, *turns]]})
 
 
+_PAIRS = {"texts": ("user", "assistant"), "QA": ("q", "a")}
 Turns = list[tuple[Any, Any]]  # (role, text) as the record has them
 
 
 def _turns(record: Mapping[str, Any]) -> Turns:
-    key = "texts" if "texts" in record and "conversations" not in record else "conversations"
+    key = next((key for key in _PAIRS if key in record and "conversations" not in record), "conversations")
     found = record.get(key)
     if not isinstance(found, list) or not all(isinstance(turn, dict) for turn in found):
         raise SampleError(
             f"'{key}' is missing or not a list of objects; the record has {', '.join(record) or 'no keys'}"
         )
-    if key == "texts":
-        return [(role, turn.get(role)) for turn in found for role in ("user", "assistant")]
+    if key in _PAIRS:
+        asks, answers = _PAIRS[key]
+        return [side for turn in found for side in (("user", turn.get(asks)), ("assistant", turn.get(answers)))]
     return [(turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in found]
 
 
