@@ -13,6 +13,7 @@ MAX_ANSWER = 6000
 MAX_TURNS = 12
 _MIN_PROSE = 80
 _REPEATS = 3
+_LONG_SENTENCE = 20  # characters; shorter ones may well occur again
 
 _MARK = re.compile(r"^[ \t]*[*_#]*(Q|A|Question|Answer)[ \t]*\d*[*_]*[ \t]*:[*_]*[ \t]*", re.MULTILINE | re.IGNORECASE)
 _CONTROL = re.compile(
@@ -58,7 +59,10 @@ def read_answer(text: str, kind: Kind, *, question: str = "") -> list[tuple[str,
     if kind == "conversation" and not 2 <= len(turns) <= MAX_TURNS:
         raise RejectedError(f"a conversation of {len(turns)} exchanges; 2 to {MAX_TURNS} are taken")
     for number, (asked, said) in enumerate(turns, start=1):
-        _check(asked, said, number)
+        _check_lengths(asked, said, number)
+        # the question of a description is ours, and may say that somebody cannot see the picture
+        for words in (said,) if kind == "description" else (asked, said):
+            _check_words(words, number)
     if len({asked.casefold() for asked, _ in turns}) < len(turns):
         raise RejectedError("a question is asked twice")
     return turns
@@ -89,19 +93,21 @@ def _prose(text: str) -> str:
     return prose
 
 
-def _check(asked: str, said: str, number: int) -> None:
+def _check_lengths(asked: str, said: str, number: int) -> None:
     if not asked or len(said) < MIN_ANSWER:
         raise RejectedError(f"{'question' if not asked else 'answer'} {number} is empty")
     if len(asked) > MAX_QUESTION or len(said) > MAX_ANSWER:
         raise RejectedError(
             f"turn {number} has {len(asked)} and {len(said)} characters; {MAX_QUESTION} and {MAX_ANSWER} are the most"
         )
-    for text in (asked, said):
-        if found := _CONTROL.search(text):
-            raise RejectedError(f"turn {number} holds the control token {found[0].strip()!r}")
-        for pattern in _TELL_TALE:
-            if found := pattern.search(text):
-                raise RejectedError(f"turn {number} betrays what it was written from: '{found[0]}'")
-    sentences = Counter(s.strip().casefold() for s in re.split(r"[.!?\n]+", said) if len(s.strip()) > 20)
+
+
+def _check_words(text: str, number: int) -> None:
+    if found := _CONTROL.search(text):
+        raise RejectedError(f"turn {number} holds the control token {found[0].strip()!r}")
+    for pattern in _TELL_TALE:
+        if found := pattern.search(text):
+            raise RejectedError(f"turn {number} betrays what it was written from: '{found[0]}'")
+    sentences = Counter(s.strip().casefold() for s in re.split(r"[.!?\n]+", text) if len(s.strip()) > _LONG_SENTENCE)
     if sentences and max(sentences.values()) >= _REPEATS:
-        raise RejectedError(f"answer {number} repeats itself: '{sentences.most_common(1)[0][0][:60]}'")
+        raise RejectedError(f"turn {number} repeats itself: '{sentences.most_common(1)[0][0][:60]}'")

@@ -9,9 +9,6 @@ import os
 from collections import deque
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from mmit.data.faults import SampleError
 from mmit.data.generate.answers import RejectedError, read_answer
 from mmit.data.generate.client import Client, RefusedError, Reply, StoppedError, UnreachableError
@@ -19,6 +16,7 @@ from mmit.data.generate.journal import Journal
 from mmit.data.generate.prompts import Request
 from mmit.data.generate.questions import Questions
 from mmit.data.generate.records import RECORDS, Outcome, done_line, line, write_records
+from mmit.data.generate.screen import Bar, noticing_signals, open_bar
 from mmit.data.generate.settings import Endpoint, Generation
 from mmit.errors import ConfigError, DataError, Interrupted, MmitError
 
@@ -33,11 +31,11 @@ def generate(generation: Generation, *, progress: bool = True) -> Outcome:
     """Ask for all that is not in the journal yet, and write ``records.jsonl``; the same call continues a stopped run.
 
     Raises ConfigError (no key, an endpoint that takes no request), DataError (the source, too many bad annotations, no
-    good answer for long), Interrupted on Ctrl-C; in each case what was answered is kept and the records are written.
+    good answer for long), Interrupted on Ctrl-C and SIGTERM; in each case all answers are kept and the records written.
     """
     client = Client(generation.endpoint, api_key(generation.endpoint))
     questions = Questions(generation)
-    with Journal(generation.out) as journal, _bar(len(questions), shown=progress) as bar:
+    with Journal(generation.out) as journal, open_bar(len(questions), shown=progress) as bar:
         run = _Run(questions, client, journal, bar)
         try:
             run.ask_all()
@@ -69,7 +67,7 @@ def api_key(endpoint: Endpoint) -> str:
 class _Run:
     """The state of a run; ``keys`` are all questions in order, asked or not."""
 
-    def __init__(self, questions: Questions, client: Client, journal: Journal, bar: _Bar) -> None:
+    def __init__(self, questions: Questions, client: Client, journal: Journal, bar: Bar) -> None:
         self.generation = questions.generation
         self.questions = questions
         self.client = client
@@ -88,12 +86,10 @@ class _Run:
     def ask_all(self) -> None:
         """Ask until nothing is left to ask, or the run has to stop. Raises what stopped it, once all is written."""
         workers = self.generation.endpoint.concurrency
-        with ThreadPoolExecutor(workers, thread_name_prefix="generate") as pool:
+        with ThreadPoolExecutor(workers, thread_name_prefix="generate") as pool, noticing_signals(self._interrupt):
             try:
                 while self._fill(pool, workers):
                     self._take_some(FIRST_COMPLETED)
-            except KeyboardInterrupt:
-                self._stop("interrupted", Interrupted("interrupted; the same command asks for the rest"))
             except MmitError as error:
                 self._stop("ended by an error", error)
             except BaseException:
@@ -179,7 +175,7 @@ class _Run:
             self._vain(str(error))
         else:
             self._judge(reply, request, key)
-        self.bar.show(self.journal, self.cost())
+        self.bar.show(self.journal.usage, self.cost(), stopped=self.stopped)
 
     def _judge(self, reply: Reply, request: Request, key: str) -> None:
         usage = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.completion_tokens}
@@ -211,6 +207,9 @@ class _Run:
             message = f"{PATIENCE} questions in a row had no good answer, the last: {reason}"
             self._stop("no good answers", DataError(f"{self.generation.endpoint.base_url}: {message}"))
 
+    def _interrupt(self) -> None:
+        self._stop("interrupted", Interrupted("interrupted; the same command asks for the rest"))
+
     def _stop(self, why: str, error: MmitError) -> None:
         self.client.stop.set()
         self.stopped = self.stopped or why
@@ -230,34 +229,3 @@ def _prompt_tokens(request: Request) -> int:
     texts = [m["content"] if isinstance(m["content"], str) else m["content"][-1]["text"] for m in request.messages]
     pictures = sum(not isinstance(message["content"], str) for message in request.messages)
     return sum(map(len, texts)) // _CHARACTERS_PER_TOKEN + pictures * _TOKENS_PER_PICTURE
-
-
-class _Bar:
-    """A bar on standard error."""
-
-    def __init__(self, progress: Progress, total: int) -> None:
-        self.progress = progress
-        self.task = progress.add_task("generating", total=total)
-
-    def __enter__(self) -> _Bar:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-    def step(self) -> None:
-        """One question is settled."""
-        self.progress.advance(self.task)
-
-    def show(self, journal: Journal, cost: float) -> None:
-        """What was used so far."""
-        usage = journal.usage
-        money = f", cost {cost:.4f}" if cost else ""
-        text = f"generating ({usage.prompt_tokens + usage.completion_tokens} tokens{money})"
-        self.progress.update(self.task, description=text)
-
-
-def _bar(total: int, *, shown: bool) -> _Bar:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return _Bar(Progress(*columns, console=Console(stderr=True), disable=not shown), total)
