@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from mmit.data import index
+from mmit.data import forms, index
 from mmit.data.convert import decode_all
 from mmit.data.faults import StorageError
 from mmit.data.parallel import run, usable_cores, with_progress
@@ -121,6 +121,7 @@ def _check_shard(tar: Path, stated: ShardInfo | None, *, decode: bool) -> tuple[
         report.samples += 1
         try:
             conversation = shard.read(number)
+            forms.checked_turns(list(conversation.messages))
             if conversation.sizes != tuple(read_size(image) for image in conversation.images):
                 report.add(place, "an image is not of the size that its JSON states")
             if decode:

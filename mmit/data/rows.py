@@ -13,8 +13,9 @@ import json
 import mmap
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,7 +52,7 @@ def open_json(path: Path) -> Rows:
         while start < len(content) and content[start : start + 1] in _SPACE:
             start += 1
         is_list = content[start : start + 1] == b"["
-        spans = list(_list_spans(path, content, start) if is_list else _lines(content, start))
+        spans = _array(_list_spans(path, content, start) if is_list else _lines(content, start))
     hint = "" if is_list else "; a file that is no list holds one object per line"
     return _Spans(path, spans, partial(_parse_json, hint))
 
@@ -82,7 +83,7 @@ def open_table(path: Path) -> Rows:
                 start = at
         except csv.Error as error:
             raise DataError(f"{path}:{_line_of(path, start)}: the table is broken: {error}") from None
-    return _Spans(path, spans, partial(_parse_table, tuple(names or ()), delimiter))
+    return _Spans(path, _array(spans), partial(_parse_table, tuple(names or ()), delimiter))
 
 
 class FolderRows:
@@ -128,9 +129,9 @@ Parse = Callable[[Path, int, bytes], Mapping[str, Any]]
 class _Spans:
     """Records that are spans of a file."""
 
-    def __init__(self, path: Path, spans: list[tuple[int, int]], parse: Parse) -> None:
+    def __init__(self, path: Path, spans: np.ndarray, parse: Parse) -> None:
         self.path = path
-        self.spans = np.array(spans, dtype=np.uint64).reshape(-1, 2)
+        self.spans = spans
         self._parse = parse
 
     def __len__(self) -> int:
@@ -148,6 +149,11 @@ class _Spans:
         """The SHA-256 of the file."""
         with _opened(self.path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _array(spans: Iterable[tuple[int, int]]) -> np.ndarray:
+    """(start, count) of each record, (n, 2) uint64, without a Python object for each."""
+    return np.fromiter(chain.from_iterable(spans), dtype=np.uint64).reshape(-1, 2)
 
 
 def _parse_json(hint: str, path: Path, start: int, text: bytes) -> Mapping[str, Any]:

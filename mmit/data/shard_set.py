@@ -155,9 +155,9 @@ class ShardSet:
         Raises SampleError for a broken sample, StorageError for a shard that cannot be read or was replaced.
         """
         shard, row = self._locate(number)
-        offset, count, _, _ = self._rows[shard][row].tolist()
+        offset, count, check, _ = self._rows[shard][row].tolist()
         span = self._pread(shard, count, offset)
-        self._check(span[:BLOCK], shard, row)
+        self._check(span[:BLOCK], check, shard)
 
         def read(at: int, size: int) -> bytes:
             return span[at - offset : at - offset + size]
@@ -173,12 +173,12 @@ class ShardSet:
         Raises as ``read`` does.
         """
         shard, row = self._locate(number)
-        offset, count, _, _ = self._rows[shard][row].tolist()
+        offset, count, check, _ = self._rows[shard][row].tolist()
 
         def read(at: int, size: int) -> bytes:
             return self._pread(shard, size, at)
 
-        self._check(read(offset, BLOCK), shard, row)
+        self._check(read(offset, BLOCK), check, shard)
         key, text, images = self._members(shard, offset, offset + count, read)
         texts = {kind: read(member.data, member.size) for kind, member in text.items()}
         found = stored.without_images(texts, image_count=len(images), key=key, source=self.name)
@@ -209,8 +209,8 @@ class ShardSet:
             raise StorageError(f"{self.tars[shard]}: {fault}; the shard changed after it was indexed") from None
         return key, text, images
 
-    def _check(self, header: bytes, shard: int, row: int) -> None:
-        if zlib.crc32(header) != self._rows[shard][row]["check"]:
+    def _check(self, header: bytes, check: int, shard: int) -> None:
+        if zlib.crc32(header) != check:
             raise StorageError(f"{self.tars[shard]}: changed after it was indexed; start again, or restore the shard")
 
     def _pread(self, shard: int, count: int, offset: int) -> bytes:

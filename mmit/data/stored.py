@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from mmit.conversation import ROLES, Conversation, ImageRef, Message, Part
@@ -35,7 +34,7 @@ def whole(text: Mapping[str, bytes], images: tuple[bytes, ...], *, key: str, sou
     """
     record = _parse(text["json"]) if "json" in text else {}
     if _is_own(record):
-        return replace(_own(record, len(images), key=key, source=source), images=images)
+        return _own(record, len(images), images, key=key, source=source)
     found = _foreign(record, text, len(images))
     return Conversation(
         id=f"{source}/{key}",
@@ -54,32 +53,40 @@ def without_images(text: Mapping[str, bytes], *, image_count: int, key: str, sou
     """
     record = _parse(text["json"]) if "json" in text else {}
     if _is_own(record):
-        return _own(record, image_count, key=key, source=source)
+        return _own(record, image_count, (), key=key, source=source)
     if image_count:
         return None
     return whole(text, (), key=key, source=source)
 
 
 def _is_own(record: Mapping[str, Any]) -> bool:
-    sizes = record.get("images")
+    """Sizes of images and contents in parts: nobody else writes both."""
+    sizes, turns = record.get("images"), record.get("messages")
     return (
         isinstance(sizes, list)
-        and "messages" in record
+        and isinstance(turns, list)
         and all(isinstance(size, dict) and "w" in size and "h" in size for size in sizes)
+        and all(isinstance(turn, dict) and isinstance(turn.get("content"), list) for turn in turns)
     )
 
 
-def _own(record: Mapping[str, Any], image_count: int, *, key: str, source: str) -> Conversation:
-    sizes = tuple((int(size["w"]), int(size["h"])) for size in record["images"])
-    if len(sizes) != image_count:
-        raise SampleError(f"the JSON names {len(sizes)} images and the shard holds {image_count}")
-    turns = forms.checked_turns([_message_from_json(turn) for turn in record["messages"]])
+def _own(
+    record: Mapping[str, Any], image_count: int, images: tuple[bytes, ...], *, key: str, source: str
+) -> Conversation:
+    if len(record["images"]) != image_count:
+        raise SampleError(f"the JSON names {len(record['images'])} images and the shard holds {image_count}")
+    try:
+        sizes = tuple((int(size["w"]), int(size["h"])) for size in record["images"])
+        turns = tuple(_message_from_json(turn) for turn in record["messages"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise SampleError(f"its JSON is not of the form that mmit writes: {error!r}") from None
     places = sorted(p.index for turn in turns for p in turn.content if isinstance(p, ImageRef))
     if places != list(range(image_count)):
         raise SampleError(f"the places {places} do not take each of {image_count} images once")
     return Conversation(
         id=str(record.get("id", f"{source}/{key}")),
         messages=turns,
+        images=images,
         sizes=sizes,
         source=source,
         meta=record.get("meta", {}),
@@ -115,14 +122,9 @@ def _message_to_json(message: Message) -> dict[str, Any]:
 
 
 def _message_from_json(turn: Mapping[str, Any]) -> Message:
-    try:
-        parts = tuple(_part(part) for part in turn["content"])
-        role = turn["role"]
-    except (KeyError, TypeError):
-        raise SampleError("a message is not of the form {role, content: [parts]}") from None
-    if role not in ROLES:
-        raise SampleError(f"unknown role {role!r}")
-    return Message(role=role, content=parts, train=turn.get("train"))
+    if turn["role"] not in ROLES:
+        raise SampleError(f"unknown role {turn['role']!r}")
+    return Message(role=turn["role"], content=tuple(map(_part, turn["content"])), train=turn.get("train"))
 
 
 def _part(part: Mapping[str, Any]) -> Part:

@@ -185,6 +185,7 @@ MESSAGES = [{"role": "user", "content": "What?"}, {"role": "assistant", "content
             [(ImageRef(0), "What?"), ("Red.",)],
         ),
         ({"x.json": json.dumps({"messages": MESSAGES}).encode()}, [("What?",), ("Red.",)]),
+        ({"x.json": json.dumps({"messages": MESSAGES, "images": []}).encode()}, [("What?",), ("Red.",)]),
     ],
 )
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -222,8 +223,9 @@ def test_long_names_are_read(tmp_path: Path, form: int) -> None:
             {"x.json": json.dumps({"conversations": TURNS}).encode()},
             "more <image> placeholders than the record has images",
         ),
+        ({"x.json": b'{"images": [], "messages": [{"role": "user", "content": [{"type": "text"}]}]}'}, "KeyError"),
         (
-            {"x.json": json.dumps({"images": [{"w": 1, "h": 1}], "messages": MESSAGES}).encode()},
+            {"x.json": b'{"images": [{"w": 1, "h": 1}], "messages": [{"role": "user", "content": []}]}'},
             "names 1 images and the shard holds 0",
         ),
     ],
