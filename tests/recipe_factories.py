@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 from data_factories import picture
 
 from mmit.conversation import ImageRef
@@ -62,3 +63,11 @@ def shown(reader: Reader, number: int = 0) -> list[str]:
 def llava_turns(*texts: str) -> list[dict[str, str]]:
     """Questions and answers in LLaVA's form."""
     return [{"from": "gpt" if number % 2 else "human", "value": text} for number, text in enumerate(texts)]
+
+
+def write_parquet(path: Path, rows: list[dict], *, group: int = 100) -> None:
+    """A Parquet file of ``rows``, ``group`` to a row group; skips the test where pyarrow is not there."""
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(arrow.Table.from_pylist(rows), path, row_group_size=group)

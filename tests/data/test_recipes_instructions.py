@@ -1,12 +1,11 @@
 """Sets of ready conversations, each from records in the form in which it is published, traps included."""
 
-import base64
 import io
 from pathlib import Path
 
 import pytest
 from data_factories import picture
-from recipe_factories import lay_out, llava_turns, opened, published, shown
+from recipe_factories import lay_out, llava_turns, opened, published, shown, write_parquet
 
 from mmit.data.faults import SampleError, SkippedError
 from mmit.data.recipe import load_recipe
@@ -186,13 +185,6 @@ CAULDRON = {
 }
 
 
-def write_parquet(path: Path, rows: list[dict], *, group: int = 100) -> None:
-    arrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    parquet.write_table(arrow.Table.from_pylist(rows), path, row_group_size=group)
-
-
 def test_the_cauldron_puts_all_pictures_in_front_of_the_first_question(tmp_path: Path) -> None:
     write_parquet(tmp_path / "data/the_cauldron/vqav2/train-00000-of-00001.parquet", [CAULDRON])
     reader = published("the_cauldron", tmp_path, None)
@@ -231,69 +223,6 @@ def test_other_roles_columns_and_places_are_options(tmp_path: Path) -> None:
         "llava_onevision_raw", tmp_path, [{"photo": "a.jpg", "conversations": turns}], {"a.jpg": (8, 6)}, **options
     )
     assert shown(reader) == ["What is in <0> here?", "A cat."]
-
-
-# ---------------------------------------------------------------------------------------- MIMIC-IT
-
-
-def instruction(text: str, images: list[str], related: list[str]) -> dict:
-    return {"instruction": text, "answer": f"{text}!", "image_ids": images, "rel_ins_ids": related}
-
-
-def mimicit(root: Path, name: str, data: dict, more: dict) -> None:
-    recipe = load_recipe(name, root=root)
-    lay_out(root, {recipe.source: {"meta": {"version": "0.0.1"}, "data": data}})
-    lay_out((root / recipe.source).parent, more)
-
-
-def test_mimicit_related_instructions_are_earlier_turns_about_the_same_picture(tmp_path: Path) -> None:
-    data = {
-        "LACONV_00_INS_1": instruction("One", ["LA_00_IMG_1"], []),
-        "LACONV_00_INS_2": instruction("Two", ["LA_00_IMG_1"], ["LACONV_00_INS_9"]),
-    }
-    url_safe = base64.urlsafe_b64encode(picture()).decode()
-    relations = {"LACONV_00_INS_2": ["LACONV_00_INS_1", "LACONV_00_INS_2"], "LACONV_00_INS_1": []}
-    more = {"LA.json": {"LA_00_IMG_0": "x", "LA_00_IMG_1": url_safe}, "LACONV_train.json": relations}
-    mimicit(tmp_path, "mimicit_la_conversation", data, more)
-    reader = published("mimicit_la_conversation", tmp_path, None)
-    assert shown(reader, 0) == ["<0>One", "One!"]
-    assert shown(reader, 1) == ["<0>One", "One!", "Two", "Two!"]  # the relations of XX_train.json count
-    assert reader.read(1).images == (picture(),)
-    assert reader.read(1).meta == {"id": "LACONV_00_INS_2"}
-
-
-def test_mimicit_examples_in_context_have_pictures_of_their_own(tmp_path: Path) -> None:
-    data = {f"I{n}": instruction(f"Q{n}", [f"P{n}"], [f"I{(n + 1) % 3}"]) for n in range(3)}
-    pictures = {f"P{n}": base64.b64encode(picture(8, 6 + n)).decode() for n in range(3)}
-    relations = {"I0": ["I2"], "I1": ["I9"], "I2": []}
-    mimicit(tmp_path, "mimicit_la_in_context", data, {"LA.json": pictures, "LACR_T2T_train.json": relations})
-    reader = published("mimicit_la_in_context", tmp_path, None)
-    assert shown(reader, 0) == ["<0>Q2", "Q2!", "<1>Q0", "Q0!"]
-    assert reader.read(0).sizes == ((8, 8), (8, 6))
-    with pytest.raises(SampleError, match="the related instruction 'I9' is not in the file"):
-        reader.read(1)
-
-
-def test_mimicit_videos_are_frames_from_parquet(tmp_path: Path) -> None:
-    ids = [f"DC_IMG_v_N1c3C_{n:04d}" for n in range(20)]
-    mimicit(tmp_path, "mimicit_dense_captions", {"DC_INS_00001": instruction("What happens?", ids, [])}, {})
-    rows = [{"base64": base64.b64encode(picture(8, 1 + n)).decode(), "__index_level_0__": i} for n, i in enumerate(ids)]
-    write_parquet(tmp_path / "data/mimicit/DC.parquet", rows, group=3)
-    reader = published("mimicit_dense_captions", tmp_path, None, frames=4)
-    assert shown(reader) == ["<0><1><2><3>What happens?", "What happens?!"]
-    # 20 frames in 4 stretches of 5: the middles are 2, 7, 12, 17
-    assert [height - 1 for _, height in reader.read(0).sizes] == [2, 7, 12, 17]
-
-
-def test_mimicit_text_only_and_a_folder_of_pictures(tmp_path: Path) -> None:
-    mimicit(tmp_path, "mimicit_dense_captions", {"I1": instruction("Why?", [], [])}, {"P1.jpg": (8, 6)})
-    recipe = {"pictures": "", "relations": ""}
-    assert shown(published("mimicit_dense_captions", tmp_path, None, group="text_only", **recipe)) == ["Why?", "Why?!"]
-    with pytest.raises(SampleError, match="no image_ids, which the group image_text needs"):
-        published("mimicit_dense_captions", tmp_path, None, group="image_text", **recipe).read(0)
-    mimicit(tmp_path, "mimicit_dense_captions", {"I1": instruction("Why?", ["P1"], [])}, {})
-    reader = published("mimicit_dense_captions", tmp_path, None, group="image_text", **recipe)
-    assert shown(reader) == ["<0>Why?", "Why?!"]
 
 
 def test_the_users_own_template_reads_openai_messages(tmp_path: Path) -> None:

@@ -96,10 +96,7 @@ class Grouped:
         self.single = single
         groups: dict[Any, list[int]] = {}
         for number in range(len(single)):
-            try:
-                value = single.read(number).get(by)
-            except SampleError:
-                value = None
+            value = _value(single, number, by)
             # one that is bad or cannot be grouped stands alone, so that no other is lost with it
             groups.setdefault((by, number) if value is None else value, []).append(number)
         self.groups = [
@@ -122,6 +119,15 @@ class Grouped:
     def digest(self) -> str:
         """That of the records."""
         return self.single.digest()
+
+
+def _value(single: rows.Rows, number: int, name: str) -> Any:  # noqa: ANN401  (whatever JSON holds)
+    """A field of a record, from its own file where that has it; None for a record that is bad or lacks it."""
+    try:
+        value = single.first.read(number).get(name) if isinstance(single, Joined) else None
+        return single.read(number).get(name) if value is None else value
+    except SampleError:
+        return None
 
 
 def beside(source: Path, name: str) -> Path:

@@ -30,7 +30,7 @@ class JsonParts:
     def __init__(self, path: Path, key: str = "") -> None:
         self.path = path
         self._starts, self._sizes = array("Q"), array("Q")
-        content = self._mapped()
+        self._content = content = _mapped(path)
         start = _container(path, content, key)
         self._named = content[start : start + 1] == b"{"
         for first, last in _elements(path, content, start):
@@ -42,24 +42,20 @@ class JsonParts:
 
     def item(self, number: int) -> tuple[str, Any]:
         """The name and the value of one element. Raises DataError where the JSON is broken."""
-        with self.path.open("rb") as file:
-            file.seek(self._starts[number])
-            return self._parsed(file.read(self._sizes[number]), self._starts[number])
+        start = self._starts[number]
+        return self._parsed(self._content[start : start + self._sizes[number]], start)
 
     def items(self) -> Iterator[tuple[str, Any]]:
         """All elements in order."""
-        with self.path.open("rb") as file:
-            for start, size in zip(self._starts, self._sizes, strict=True):
-                file.seek(start)
-                yield self._parsed(file.read(size), start)
+        return map(self.item, range(len(self)))
 
     def names(self) -> list[str]:
         """The names of a mapping's elements, without reading their values."""
         if not self._named:
             raise DataError(f"{self.path}: holds a list where names with values are expected")
-        found, content = [], self._mapped()
+        found = []
         for start in self._starts:
-            piece = _PIECE.match(content, start)
+            piece = _PIECE.match(self._content, start)
             assert piece is not None, "the scanner starts an element at its name"
             found.append(json.loads(piece[0]))
         return found
@@ -78,15 +74,15 @@ class JsonParts:
             raise DataError(f"{self.path}: the JSON element at byte {start} is broken: {error}") from None
         return name, value
 
-    def _mapped(self) -> mmap.mmap:
-        # closed when the last match in it is gone: an explicit close fails as long as one is alive
-        try:
-            with self.path.open("rb") as file:
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise DataError(f"{self.path}: cannot be read: {error.strerror}") from None
-        except ValueError:
-            raise DataError(f"{self.path}: the file is empty") from None
+
+def _mapped(path: Path) -> mmap.mmap:
+    try:
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise DataError(f"{path}: the file is empty") from None
 
 
 def _container(path: Path, content: mmap.mmap, key: str) -> int:
