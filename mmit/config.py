@@ -18,6 +18,7 @@ from pydantic import (
     Field,
     PositiveFloat,
     PositiveInt,
+    PrivateAttr,
     Tag,
     field_validator,
     model_validator,
@@ -371,6 +372,18 @@ class RunConfig(Section):
         for name, stage in self.stages.items():
             if stage.init_from in names and names.index(stage.init_from) >= names.index(name):
                 raise ValueError(f"stages.{name}.init_from: '{stage.init_from}' is not a stage before it")
+        return self
+
+    _file: Path | None = PrivateAttr(default=None)
+
+    @property
+    def file(self) -> Path | None:
+        """The file that this was read from; recipes are also looked for beside it."""
+        return self._file
+
+    def read_from(self, file: Path) -> RunConfig:
+        """The same config, knowing its file."""
+        self._file = file
         return self
 
     @property

@@ -25,7 +25,7 @@ def read(path: Path, overrides: list[str]) -> RunConfig:
         raise ConfigError(f"{path}: no such file; a run file is a YAML such as those in configs/") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as text: {error}") from None
-    return parse(text, source=str(path), overrides=overrides)
+    return parse(text, source=str(path), overrides=overrides).read_from(path)
 
 
 def parse(text: str, *, source: str, overrides: list[str]) -> RunConfig:

@@ -141,7 +141,7 @@ def make_feed(config: RunConfig, stage: Stage, loaded: LoadedModel) -> Feed:
 def plan_stage(config: RunConfig, stage: Stage, encode: Encode) -> Plan:
     """The plan alone. Raises DataError and ConfigError."""
     batch = stage.batch
-    sets = [open_shards(source) for source in stage.data.mix]
+    sets = [open_shards(source, beside=config.file) for source in stage.data.mix]
     tables = [_lengths(shards, stage, encode) for shards in sets]
     draws = [
         (shards, draws_per_epoch(len(shards), epochs=source.epochs, samples=source.samples))
@@ -160,12 +160,12 @@ def plan_stage(config: RunConfig, stage: Stage, encode: Encode) -> Plan:
     )
 
 
-def open_shards(source: Source) -> ShardSet:
-    """The shards that an entry of a mixture means. Raises DataError and ConfigError."""
+def open_shards(source: Source, *, beside: Path | None) -> ShardSet:
+    """The shards that an entry of a mixture means; ``beside`` is the run file. Raises DataError and ConfigError."""
     if source.shards is not None:
         return open_source(source.shards)
     assert source.recipe is not None, "the schema asks for one of the two"
-    return open_source(load_recipe(source.recipe).directory)
+    return open_source(load_recipe(source.recipe, beside=beside).directory)
 
 
 def _lengths(shards: ShardSet, stage: Stage, encode: Encode) -> LengthTable:
