@@ -154,7 +154,9 @@ def _checked(content: Mapping[Any, Any], path: Path) -> dict[str, Any]:
                 f"{path}: unknown key '{key}'; "
                 + (f"did you mean '{near[0]}'?" if near else f"known: {', '.join(own)}")
             )
-    missing = [name for name, field in own.items() if field.default is field.default_factory is MISSING and name not in content]
+    missing = [
+        name for name, field in own.items() if field.default is field.default_factory is MISSING and name not in content
+    ]
     if missing:
         raise ConfigError(f"{path}: missing {', '.join(missing)}")
     return {key: _typed(value, str(own[key].type), f"{path}: {key}") for key, value in content.items()}

@@ -20,7 +20,7 @@ from mmit.errors import DataError, MissingExtra
 if TYPE_CHECKING:
     import pyarrow
 
-KEPT_GROUPS = 8
+KEPT_GROUPS = 4
 """Row groups that a process keeps in memory."""
 
 
