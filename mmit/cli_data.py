@@ -17,9 +17,7 @@ def convert(
     source: Annotated[str, typer.Argument(help="Records (JSON, JSONL, CSV, TSV, a folder), or the name of a recipe.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Directory for the shards.")] = None,
     images: Annotated[Path | None, typer.Option(help="Folder that the records' image paths start from.")] = None,
-    reader: Annotated[
-        Literal["llava_json", "messages", "captions"], typer.Option(help="The form of the records.")
-    ] = "llava_json",
+    reader: Annotated[str, typer.Option(help="The form of the records; see docs/recipes.md.")] = "llava_json",
     prompt: Annotated[str, typer.Option(help="Question put before every caption (captions only).")] = "",
     max_bad: Annotated[float, typer.Option(min=0, max=1, help="Share of bad records that is tolerated.")] = 0.001,
     decode: Annotated[bool, typer.Option("--decode", help="Decode every picture, not only its header.")] = False,
@@ -53,6 +51,8 @@ def convert(
         f"{conversion.target}: {totals['samples']} samples, {totals['images']} images, "
         f"{totals['text_only']} text-only, {len(manifest.shards)} shards, {len(manifest.bad)} bad records"
     )
+    for reason, count in manifest.skipped.items():
+        typer.echo(f"  skipped on purpose: {count} ({reason})")
     for sample in manifest.bad[:10]:
         typer.echo(f"  bad: {sample}")
 
@@ -122,3 +122,13 @@ def plan(
     config = load_config(file, overrides)
     for table in summaries(config, check_stages(config, stage), ranks=ranks):
         Console().print(table)
+
+
+@app.command("recipes")
+def recipes() -> None:
+    """List the recipes: published sets that `mmit data convert NAME` turns into shards."""
+    from rich.console import Console
+
+    from mmit.data.recipe import list_recipes, recipe_table
+
+    Console().print(recipe_table(list_recipes()))

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 FOLDER = "data_recipes"
 _KINDS = {"tuple[str, ...]": "list of sentences", "Mapping[str, Any]": "mapping"}
-_SHIPPED = Path(__file__).parents[2] / FOLDER
+_PACKAGE = Path(__file__).parents[1]
+# a wheel carries the recipes inside the package, a checkout beside it
+_SHIPPED = (_PACKAGE if (_PACKAGE / FOLDER).is_dir() else _PACKAGE.parent) / FOLDER
 
 
 @dataclass(frozen=True, kw_only=True)
