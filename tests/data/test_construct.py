@@ -232,7 +232,12 @@ def write_annotations(folder: Path, records: list[dict[str, Any]]) -> Path:
 
 
 def test_an_annotated_source_becomes_shards_with_a_record_for_each_task(tmp_path: Path) -> None:
-    records = [DOGS, {"image": "a.jpg", "caption": "Grass."}, {"id": "r3", "image": "gone.jpg", "caption": "No."}]
+    records = [
+        DOGS,
+        {"image": "a.jpg", "caption": "Grass."},
+        {"id": "r3", "image": "gone.jpg", "caption": "No."},
+        {"id": "r4", "image": "a.jpg"},
+    ]
     source = write_annotations(tmp_path / "in", records)
     construction = Construction(annotations=source, target=tmp_path / "out", pool="general", max_bad=0.5)
     manifest = construct(construction, processes=1, progress=False)
@@ -246,6 +251,7 @@ def test_an_annotated_source_becomes_shards_with_a_record_for_each_task(tmp_path
     assert [(bad["id"], bad["reason"]) for bad in manifest.bad] == [
         ("r3", f"image 'gone.jpg' is not below {(tmp_path / 'in').resolve()}")
     ]
+    assert manifest.skipped == {"no task of the pool general fits what is annotated": 1}
     # 100 x 50 is padded by 25 rows: (30 + 25) / 100 and (40 + 25) / 100
     (locate,) = [c for c in found if c.meta["task"] == "detection"]
     assert "[0.400, 0.550, 0.500, 0.650]" in [message.text for message in locate.messages]
@@ -271,3 +277,12 @@ def test_a_size_that_is_not_the_pictures_is_a_bad_record(tmp_path: Path) -> None
     with pytest.raises(DataError, match="states 200 x 100 and the picture is 100 x 50 as displayed"):
         construct(construction, processes=1, progress=False)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("content", "message"), [("[]", "no annotations in it"), (None, "no such file")])
+def test_a_source_without_annotations_is_named(tmp_path: Path, content: str | None, message: str) -> None:
+    path = tmp_path / "annotations.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(DataError, match=rf"annotations\.json: .*{message}"):
+        construct(Construction(annotations=path, target=tmp_path / "out", pool="general"), progress=False)

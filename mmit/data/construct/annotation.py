@@ -17,8 +17,10 @@ Plain values under other names go into the sample's ``meta``.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from mmit.data.construct.boxes import CONVENTIONS, Box, Convention, Size, read_box
@@ -77,10 +79,10 @@ class Annotation:
         """The labels of the regions, each once, in their order."""
         return tuple(dict.fromkeys(region.label for region in self.regions if region.label))
 
-    def only(self, label: str) -> Region | None:
-        """The one region with a label; None where there are several, or a crowd."""
-        found = [region for region in self.regions if region.label == label]
-        return found[0] if len(found) == 1 and not found[0].crowd else None
+    @cached_property
+    def names(self) -> Mapping[str, int]:
+        """How many regions each name means: a region has that of its phrase and that of its label."""
+        return Counter(name for region in self.regions for name in {region.phrase, region.label} if name)
 
 
 def read_annotation(record: Mapping[str, Any], *, convention: Convention = "xyxy_px") -> Annotation:

@@ -8,7 +8,7 @@ from mmit.data.construct.boxes import STATED, Size, write_box
 from mmit.data.construct.draw import Draw
 from mmit.data.construct.pools import Pool, Task
 from mmit.data.construct.tasks import Case, Values
-from mmit.data.faults import SampleError
+from mmit.data.faults import SampleError, SkippedError
 from mmit.data.forms import IMAGE_MARK, Record, checked_turns
 
 
@@ -18,7 +18,7 @@ def instruct(annotation: Annotation, pool: Pool, *, seed: int, task: str = "", s
     task: one of the pool; "" draws one of those that fit. size: (width, height) of the picture as displayed; (0, 0)
     takes what the annotation states. The meta holds ``task``, ``wording`` (a number, from 0), ``pool``, and where boxes
     are written ``boxes``, their convention.
-    Raises SampleError: nothing fits, a box that is not in the picture, an unclear answer.
+    Raises SkippedError where nothing fits; SampleError: a box that is not in the picture, an unclear answer.
     """
     draw = Draw(seed, annotation.id)
     if not annotation.image:
@@ -48,11 +48,11 @@ def instruct(annotation: Annotation, pool: Pool, *, seed: int, task: str = "", s
 
 
 def tasks_for(annotation: Annotation, pool: Pool, *, seed: int) -> list[str]:
-    """The tasks of a pool that fit an annotation, in the pool's order. Raises SampleError where there is none."""
+    """The tasks of a pool that fit an annotation, in the pool's order. Raises SkippedError where there is none."""
     draw = Draw(seed, annotation.id)
     found = [name for name, task in pool.tasks.items() if _turns(annotation, pool, task, draw, size=None)]
     if not found:
-        raise SampleError(f"none of the tasks {', '.join(pool.tasks)} of the pool {pool.name} fits what is annotated")
+        raise SkippedError(f"no task of the pool {pool.name} fits what is annotated")
     return found
 
 

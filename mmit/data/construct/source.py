@@ -18,12 +18,15 @@ from mmit.data.construct.draw import Draw
 from mmit.data.construct.instruct import instruct, tasks_for
 from mmit.data.construct.pools import Pool, load_pool
 from mmit.data.convert import Conversion, convert
-from mmit.data.faults import SampleError
+from mmit.data.faults import SampleError, SkippedError
 from mmit.data.forms import Record
+from mmit.data.parallel import run, usable_cores
 from mmit.data.readers import ImageRoot, Reader
 from mmit.data.shards import Manifest
 from mmit.errors import DataError
 from mmit.images import read_size
+
+_CHUNK = 4096  # annotations that one process looks through at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +69,12 @@ def construct(
         max_bad=given.max_bad,
         licence=given.licence,
     )
-    reader = open_annotations(construction)
+    processes = processes or usable_cores()
+    reader = open_annotations(construction, processes=processes)
     return convert(conversion, reader=reader, processes=processes, overwrite=overwrite, progress=progress)
 
 
-def open_annotations(construction: Construction) -> Reader:
+def open_annotations(construction: Construction, *, processes: int = 1) -> Reader:
     """The conversations that a construction gives, one by one. Raises ConfigError for the pool, DataError."""
     source = construction.annotations
     if not source.is_file():
@@ -79,7 +83,10 @@ def open_annotations(construction: Construction) -> Reader:
         raise DataError(f"{construction.images}: the image root is not a folder")
     pool = load_pool(construction.pool).only(construction.tasks)
     images = ImageRoot(construction.images or source.parent)
-    found = TaskRows(rows.open_json(source), pool, construction)
+    found = TaskRows(rows.open_json(source), pool, construction, processes=processes)
+
+    if not len(found):
+        raise DataError(f"{source}: there are no annotations in it")
 
     def parse(record: Mapping[str, Any]) -> Record:
         annotation = read_annotation(record["annotation"], convention=construction.boxes)
@@ -96,7 +103,7 @@ class AnnotationReader(Reader):
     """A reader whose texts have their boxes already as the pool writes them."""
 
     def read(self, number: int) -> Conversation:
-        """Conversation ``number``. Raises SampleError for a bad record, DataError where the source is broken."""
+        """Conversation ``number``. Raises SampleError, SkippedError, DataError where the source is broken."""
         found = self.parse(self.rows.read(number))
         images = tuple(image for image in found.images if isinstance(image, bytes))
         return Conversation(
@@ -112,17 +119,22 @@ class AnnotationReader(Reader):
 class TaskRows:
     """The records of an annotated source, each as often as tasks fit it: ``{"id", "task", "annotation"}``.
 
-    A record that no task fits, or that is broken, stands there once, so that it is seen and counted when it is read.
+    A record that no task fits, or that is broken, stands there once, so that it is counted when it is read.
     """
 
-    def __init__(self, annotations: rows.Rows, pool: Pool, construction: Construction) -> None:
+    def __init__(self, annotations: rows.Rows, pool: Pool, construction: Construction, *, processes: int = 1) -> None:
         self.annotations = annotations
         self.names = tuple(pool.tasks)
         self._digest = f"{pool.digest} {self.names} {construction.one_task} {construction.seed} {construction.boxes}"
-        places = [
-            (number, task) for number in range(len(annotations)) for task in self._tasks(number, pool, construction)
-        ]
-        self.places = np.array(places, dtype=np.int64).reshape(-1, 2)
+        chunks = range(0, len(annotations), _CHUNK)
+
+        def work(start: int) -> tuple[int, np.ndarray]:
+            numbers = range(start, min(start + _CHUNK, len(annotations)))
+            places = [(number, task) for number in numbers for task in self._tasks(number, pool, construction)]
+            return start, np.array(places, dtype=np.int64)
+
+        found = dict(run(work, chunks, processes=processes))
+        self.places = np.concatenate([found[start] for start in chunks] or [np.zeros((0, 2), dtype=np.int64)])
 
     def __len__(self) -> int:
         return len(self.places)
@@ -141,7 +153,7 @@ class TaskRows:
         try:
             annotation = read_annotation(_with_id(self.annotations.read(number), number), convention=construction.boxes)
             fitting = tasks_for(annotation, pool, seed=construction.seed)
-        except SampleError:
+        except (SampleError, SkippedError):
             return [-1]
         if construction.one_task:
             fitting = [fitting[Draw(construction.seed, annotation.id).index("task", len(fitting))]]

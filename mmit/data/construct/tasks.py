@@ -183,8 +183,7 @@ def _classify(case: Case) -> list[Values]:
 
 def _is_unique(name: str, case: Case) -> bool:
     """True where a name means one region: its phrase occurs once, or no other region has that label."""
-    regions = case.annotation.regions
-    return bool(name) and sum(name in (region.phrase, region.label) for region in regions) == 1
+    return case.annotation.names.get(name) == 1
 
 
 def _kind(turns: Callable[[Case], list[Values]], say: str, asks: str = "", more: str = "") -> Kind:
