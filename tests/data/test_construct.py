@@ -286,3 +286,12 @@ def test_a_source_without_annotations_is_named(tmp_path: Path, content: str | No
         path.write_text(content)
     with pytest.raises(DataError, match=rf"annotations\.json: .*{message}"):
         construct(Construction(annotations=path, target=tmp_path / "out", pool="general"), progress=False)
+
+
+def test_the_example_in_the_docs_fits_these_tasks() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "instruction_data.md").read_text(encoding="utf-8")
+    record = json.loads(text.partition("```json\n")[2].partition("```")[0])
+    assert tasks_for(read_annotation(record), load_pool("general"), seed=0) == [
+        "caption_short", "caption_detailed", "question_short", "choice_letter", "choice_text", "existence", "counting",
+        "colour", "refer_to_box", "box_to_phrase", "box_to_label", "detection", "grounded_description",
+    ]  # fmt: skip
