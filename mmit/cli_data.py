@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+from mmit.data.construct.boxes import Convention
+
+if TYPE_CHECKING:
+    from mmit.data import Manifest
 
 app = typer.Typer(help="Convert, check and look at data.", no_args_is_help=True)
 
@@ -45,16 +50,7 @@ def convert(
         )
     else:
         conversion = load_recipe(source).conversion()
-    manifest = run(conversion, processes=processes, overwrite=overwrite)
-    totals = manifest.totals
-    typer.echo(
-        f"{conversion.target}: {totals['samples']} samples, {totals['images']} images, "
-        f"{totals['text_only']} text-only, {len(manifest.shards)} shards, {len(manifest.bad)} bad records"
-    )
-    for reason, count in manifest.skipped.items():
-        typer.echo(f"  skipped on purpose: {count} ({reason})")
-    for sample in manifest.bad[:10]:
-        typer.echo(f"  bad: {sample}")
+    _tell(conversion.target, run(conversion, processes=processes, overwrite=overwrite))
 
 
 @app.command("show")
@@ -132,3 +128,62 @@ def recipes() -> None:
     from mmit.data.recipe import list_recipes, recipe_table
 
     Console().print(recipe_table(list_recipes()))
+
+
+@app.command("construct")
+def construct(
+    annotations: Annotated[Path, typer.Argument(help="Annotated pictures (JSON or JSONL).")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the shards.")],
+    pool: Annotated[str, typer.Option(help="Pool of wordings: a name in data_recipes/pools, or a file.")] = "general",
+    images: Annotated[Path | None, typer.Option(help="Folder that the image paths start from.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="Use this task only; may be repeated.")] = None,
+    one_task: Annotated[bool, typer.Option("--one-task", help="One conversation per picture, of one task.")] = False,
+    boxes: Annotated[Convention, typer.Option(help="How the annotations state their boxes.")] = "xyxy_px",
+    seed: Annotated[int, typer.Option(help="Of the choice of wordings.")] = 0,
+    max_bad: Annotated[float, typer.Option(min=0, max=1, help="Share of bad records that is tolerated.")] = 0.001,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    processes: Annotated[int | None, typer.Option(min=1, help="Processes; else one per core.")] = None,
+) -> None:
+    """Make instruction data from annotations, through pools of wordings."""
+    from mmit.data.construct.source import Construction
+    from mmit.data.construct.source import construct as run
+
+    construction = Construction(
+        annotations=annotations,
+        target=out,
+        pool=pool,
+        images=images,
+        tasks=tuple(task or ()),
+        one_task=one_task,
+        boxes=boxes,
+        seed=seed,
+        max_bad=max_bad,
+    )
+    _tell(out, run(construction, processes=processes, overwrite=overwrite))
+
+
+@app.command("generate")
+def generate(
+    file: Annotated[Path, typer.Argument(metavar="CONFIG", help="Endpoint, source and kinds (YAML).")],
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask about so many records only.")] = None,
+    max_cost: Annotated[float | None, typer.Option(min=0, help="Stop before this cost is passed.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the journal and the records.")] = None,
+) -> None:
+    """Let a language model behind an OpenAI-compatible endpoint write instruction data; can be continued."""
+    from mmit.data.generate.run import generate as run
+    from mmit.data.generate.settings import load_generation
+
+    given = {"limit": limit, "max_cost": max_cost, "out": out and str(out)}
+    typer.echo(run(load_generation(file, {key: value for key, value in given.items() if value is not None})))
+
+
+def _tell(target: Path, manifest: Manifest) -> None:
+    totals = manifest.totals
+    typer.echo(
+        f"{target}: {totals['samples']} samples, {totals['images']} images, "
+        f"{totals['text_only']} text-only, {len(manifest.shards)} shards, {len(manifest.bad)} bad records"
+    )
+    for reason, count in manifest.skipped.items():
+        typer.echo(f"  skipped on purpose: {count} ({reason})")
+    for sample in manifest.bad[:10]:
+        typer.echo(f"  bad: {sample}")

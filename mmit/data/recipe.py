@@ -26,7 +26,8 @@ FOLDER = "data_recipes"
 _KINDS = {"tuple[str, ...]": "list of sentences", "Mapping[str, Any]": "mapping"}
 _PACKAGE = Path(__file__).parents[1]
 # a wheel carries the recipes inside the package, a checkout beside it
-_SHIPPED = (_PACKAGE if (_PACKAGE / FOLDER).is_dir() else _PACKAGE.parent) / FOLDER
+SHIPPED = (_PACKAGE if (_PACKAGE / FOLDER).is_dir() else _PACKAGE.parent) / FOLDER
+"""The recipes of mmit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +115,7 @@ def list_recipes() -> list[Recipe]:
     Raises ConfigError for one that is wrong.
     """
     found: dict[str, Path] = {}
-    for folder in (Path(FOLDER), _SHIPPED):
+    for folder in (Path(FOLDER), SHIPPED):
         for path in sorted(folder.glob("*.yaml")):
             found.setdefault(path.stem, path)
     return [load_recipe(found[name]) for name in sorted(found)]
@@ -133,7 +134,7 @@ def recipe_table(recipes: Sequence[Recipe]) -> Table:
 def find_recipe(name: str | Path, *, beside: Path | None = None) -> Path:
     """The file of a recipe. Raises ConfigError with the places searched, and the nearest name."""
     given = Path(name).expanduser()
-    folders = [Path(FOLDER), _SHIPPED]
+    folders = [Path(FOLDER), SHIPPED]
     if beside is not None:
         folders = [beside.parent, beside.parent / FOLDER, *folders]
     for path in [given, *(folder / given for folder in folders)]:

@@ -29,10 +29,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mmit.data.construct.boxes import Convention
 from mmit.data.construct.tasks import KINDS, Kind
+from mmit.data.recipe import SHIPPED
 from mmit.errors import ConfigError
 
 FOLDER = Path("data_recipes") / "pools"
-_SHIPPED = Path(__file__).parents[3] / FOLDER
+_SHIPPED = SHIPPED / "pools"
 _NAME = re.compile(r"[a-z0-9_]+")
 
 
