@@ -128,3 +128,23 @@ def serve(
     from mmit.chat.server import serve as run
 
     run(directory, host=host, port=port)
+
+
+@app.command("eval")
+def evaluate(
+    directory: ModelDirectory,
+    data: Annotated[str, typer.Option(help="Held-out shards; the first question of each sample is asked.")],
+    pictures: Annotated[list[str] | None, typer.Option(help="true, blank or other; may be repeated.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask the first so many samples only.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 16,
+    out: Annotated[Path | None, typer.Option(help="Also write scores and every answer as JSON.")] = None,
+) -> None:
+    """Score a model by exact match, by question type, with the true picture and without it."""
+    from rich.console import Console
+
+    from mmit.evaluate.runner import evaluate as run
+
+    scores = run(directory, data, pictures=pictures or ["true"], limit=limit, max_new_tokens=max_new_tokens)
+    Console().print(scores.table(f"exact match on {data}"))
+    if out is not None:
+        scores.write(out)

@@ -1,0 +1,47 @@
+"""The picture that a question is asked with: its own, a blank one, or that of another sample."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Literal
+
+from PIL import Image
+
+from mmit.conversation import Conversation
+
+Pictures = Literal["true", "blank", "other"]
+PICTURES: tuple[Pictures, ...] = ("true", "blank", "other")
+
+GREY = (127, 127, 127)
+
+
+def with_pictures(conversations: Sequence[Conversation], pictures: Pictures) -> list[Conversation]:
+    """The same conversations with other pictures; sizes are kept for ``blank`` and follow the picture for ``other``.
+
+    ``other`` gives each conversation the pictures of the next one that has as many, round the end: with two or more
+    such conversations nobody keeps their own.
+    """
+    if pictures == "true":
+        return list(conversations)
+    if pictures == "blank":
+        return [replace(c, images=tuple(_blank(*size) for size in c.sizes)) for c in conversations]
+    alike: dict[int, list[int]] = {}
+    for number, conversation in enumerate(conversations):
+        alike.setdefault(len(conversation.images), []).append(number)
+    lender = {}
+    for members in alike.values():
+        lender.update(zip(members, members[1:] + members[:1], strict=True))
+    return [
+        replace(c, images=conversations[lender[n]].images, sizes=conversations[lender[n]].sizes)
+        for n, c in enumerate(conversations)
+    ]
+
+
+@cache
+def _blank(width: int, height: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), GREY).save(buffer, "PNG")
+    return buffer.getvalue()
