@@ -23,6 +23,10 @@ class StorageError(DataError):
     """A file cannot be read, or is not the one that was indexed: never the fault of one sample."""
 
 
+class MissingShardError(StorageError):
+    """A shard is gone or cut off, and stays so after several attempts; a run may be told to go on without it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class BadSample:
     """A sample that was left out: where it is and what is wrong with it.

@@ -58,7 +58,7 @@ def load_index(tar: Path, *, cache: Path) -> tuple[np.ndarray, bool]:
     rows = scan(tar)
     for folder in (tar.parent, cache):
         path = folder / f"{tar.stem}.idx.npy"
-        if _write(path, rows):
+        if store_index(path, rows):
             return np.load(path, mmap_mode="r")[:-1], True
     return rows[:-1], True
 
@@ -80,6 +80,18 @@ def scan(tar: Path) -> np.ndarray:
     finally:
         os.close(file)
     return np.array(rows, dtype=ROW)
+
+
+def store_index(path: Path, rows: np.ndarray) -> bool:
+    """Write an index whole or not at all; False where the folder cannot be written."""
+    content = io.BytesIO()
+    np.save(content, rows)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, content.getvalue())
+    except OSError:
+        return False
+    return True
 
 
 def digest(rows: np.ndarray) -> str:
@@ -141,15 +153,3 @@ def _read_fresh(path: Path, tar: Path) -> np.ndarray | None:
             return rows if file.read(2 * BLOCK) == 2 * END else None
     except OSError:
         return None
-
-
-def _write(path: Path, rows: np.ndarray) -> bool:
-    """Write an index whole or not at all; False where the folder cannot be written."""
-    content = io.BytesIO()
-    np.save(content, rows)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, content.getvalue())
-    except OSError:
-        return False
-    return True

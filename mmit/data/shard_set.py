@@ -8,28 +8,30 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import os
-import time
 import zlib
 from bisect import bisect_right
-from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from mmit.conversation import Conversation
-from mmit.data import stored
+from mmit.data import quarantine, stored
 from mmit.data.faults import StorageError
 from mmit.data.index import digest, image_number, load_index, split_name
+from mmit.data.quarantine import QUARANTINE
+from mmit.data.remote import is_remote, read_small
+from mmit.data.shard_cache import RemoteShards, ShardCache
+from mmit.data.shard_files import ShardFiles
 from mmit.data.shards import MANIFEST, Manifest
 from mmit.data.tar_scan import BLOCK, Member, Read, TarError, members
 from mmit.errors import DataError
 
-OPEN_FILES = 64
-RETRIES = 3
 CACHE = Path("~/.cache/mmit")
-"""Where indexes and length tables go when the folder of the shards cannot be written."""
+"""Where remote shards go, and indexes and length tables when the folder of the shards cannot be written."""
+CACHE_BYTES = 100_000_000_000
+"""Bytes of remote shards that are kept, unless the caller says otherwise."""
 
 
 class SampleSet(Protocol):
@@ -49,12 +51,16 @@ class SampleSet(Protocol):
         ...
 
 
-def open_source(path: str | Path, *, cache: Path = CACHE) -> ShardSet:
-    """The samples of a directory of tars, of one tar, or of a pattern such as ``photos/*.tar``.
+def open_source(path: str | Path, *, cache: Path = CACHE, cache_bytes: int = CACHE_BYTES) -> ShardSet:
+    """The samples of a directory of tars, of one tar, of a pattern such as ``photos/*.tar``, or behind a URL.
 
+    A URL (https, s3, gs, ... as fsspec knows them) is that of a folder with a manifest; its shards are fetched when
+    they are read and kept in ``cache``, at most ``cache_bytes`` of them.
     Raises DataError for a set that is missing, empty, unfinished, or not what its manifest says.
     """
-    location = Path(path).expanduser()
+    if is_remote(path):
+        return _open_remote(f"{path}".removesuffix(MANIFEST).rstrip("/") + "/", cache.expanduser(), cache_bytes)
+    location = Path(str(path).removeprefix("file://")).expanduser()
     directory = location if location.is_dir() else location.parent
     manifest = Manifest.read(location) if (location / MANIFEST).is_file() else None
     if manifest is not None:
@@ -73,62 +79,105 @@ def open_source(path: str | Path, *, cache: Path = CACHE) -> ShardSet:
         raise DataError(f"{path}: no shards (*.tar) here{hint}")
     if directory.name.endswith(".partial"):
         raise DataError(f"{path}: an unfinished conversion; run the same `mmit data convert` again to finish it")
-    home = cache.expanduser() / hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]
-    found = ShardSet(
-        manifest.name if manifest else (location.stem if location.is_file() else directory.resolve().name),
-        directory,
-        tars,
-        manifest,
-        home,
-    )
+    name = manifest.name if manifest else (location.stem if location.is_file() else directory.resolve().name)
+    found = ShardSet(name, directory, tars, manifest, cache.expanduser() / _folder(str(directory.resolve())))
+    return _not_empty(found, path)
+
+
+def _open_remote(url: str, cache: Path, cache_bytes: int) -> ShardSet:
+    content = read_small(url + MANIFEST)
+    if content is None:
+        raise DataError(f"{url}: there is no {MANIFEST} here; upload the whole folder that `mmit data convert` wrote")
+    manifest = Manifest.parse(content, where=url + MANIFEST)
+    left_out = read_small(url + QUARANTINE)
+    home = cache / _folder(url)
+    remote = RemoteShards(url, ShardCache(cache / "shards", cache_bytes), home.name, home)
+    with ThreadPoolExecutor(8) as pool:  # thousands of small files, most of the time spent waiting
+        list(pool.map(remote.index, manifest.shards))
+    tars = [cache / "shards" / home.name / shard.file for shard in manifest.shards]
+    left_out_text = "" if left_out is None else left_out.decode("utf-8", errors="replace")
+    return _not_empty(ShardSet(manifest.name, home, tars, manifest, home, remote=remote, left_out=left_out_text), url)
+
+
+def _folder(location: str) -> str:
+    return hashlib.sha256(location.encode()).hexdigest()[:16]
+
+
+def _not_empty(found: ShardSet, path: str | Path) -> ShardSet:
     if not len(found):
         raise DataError(f"{path}: the shards hold no samples")
     return found
+
+
+_STATE = ("name", "directory", "tars", "manifest", "cache", "remote", "left_out")
 
 
 class ShardSet:
     """The samples of some shards, numbered through; picklable, and safe to use after a fork.
 
     name: of the data set; fingerprint: changes with any shard; directory: of the shards; cache: where what is
-    computed about them goes when ``directory`` cannot be written.
+    computed about them goes when ``directory`` cannot be written; quarantined: the numbers of the samples that
+    ``quarantine.txt`` leaves out of training. remote, left_out: where they are fetched from, and its quarantine.txt.
     """
 
-    def __init__(self, name: str, directory: Path, tars: list[Path], manifest: Manifest | None, cache: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        directory: Path,
+        tars: list[Path],
+        manifest: Manifest | None,
+        cache: Path,
+        *,
+        remote: RemoteShards | None = None,
+        left_out: str = "",
+    ) -> None:
         self.name = name
         self.directory = directory
         self.tars = tars
         self.manifest = manifest
         self.cache = cache
+        self.remote = remote
+        path = directory / QUARANTINE
+        self.left_out = path.read_text(encoding="utf-8") if remote is None and path.is_file() else left_out
         self._open()
 
     def _open(self) -> None:
-        self._files: OrderedDict[int, int] = OrderedDict()
         self._rows: list[np.ndarray] = []
         digests = []
         for number, tar in enumerate(self.tars):
-            stated = self.manifest.shards[number] if self.manifest else None
-            if not tar.is_file():
-                raise StorageError(f"{tar}: the shard is missing")
-            if stated and tar.stat().st_size != stated.bytes:
-                raise StorageError(
-                    f"{tar}: has {tar.stat().st_size} bytes where the manifest says {stated.bytes}: "
-                    "it was cut or replaced; copy it or convert the data set again"
-                )
-            rows, made = load_index(tar, cache=self.cache)
-            if stated and made and digest(rows) != stated.index:
-                raise StorageError(
-                    f"{tar}: was replaced: its members are not those of the manifest; convert the data set again"
-                )
+            rows = self._index(number, tar)
             self._rows.append(rows)
-            digests.append(stated.sha256 if stated else f"{tar.name} {digest(rows)}")
+            digests.append(self.manifest.shards[number].sha256 if self.manifest else f"{tar.name} {digest(rows)}")
+        self._files = ShardFiles(self.tars, self.remote, self.manifest.shards if self.manifest else ())
         self._starts = np.cumsum([0] + [len(rows) for rows in self._rows]).tolist()
         self.fingerprint = hashlib.sha256("\n".join(digests).encode()).hexdigest()
+        where = f"{self.remote.url if self.remote else f'{self.directory}/'}{QUARANTINE}"
+        rows_of = {tar.name: (self._starts[n], self._rows[n]) for n, tar in enumerate(self.tars)}
+        self.quarantined = quarantine.numbers(quarantine.read(self.left_out, where=where), rows_of, where=where)
+
+    def _index(self, number: int, tar: Path) -> np.ndarray:
+        stated = self.manifest.shards[number] if self.manifest else None
+        if self.remote is not None and stated is not None:
+            return self.remote.index(stated)
+        if not tar.is_file():
+            raise StorageError(f"{tar}: the shard is missing")
+        if stated and tar.stat().st_size != stated.bytes:
+            raise StorageError(
+                f"{tar}: has {tar.stat().st_size} bytes where the manifest says {stated.bytes}: "
+                "it was cut or replaced; copy it or convert the data set again"
+            )
+        rows, made = load_index(tar, cache=self.cache)
+        if stated and made and digest(rows) != stated.index:
+            raise StorageError(
+                f"{tar}: was replaced: its members are not those of the manifest; convert the data set again"
+            )
+        return rows
 
     def __len__(self) -> int:
         return self._starts[-1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: getattr(self, key) for key in ("name", "directory", "tars", "manifest", "cache")}
+        return {key: value for key, value in vars(self).items() if key in _STATE}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -139,12 +188,20 @@ class ShardSet:
         """Number of images of every sample, (len,) uint32."""
         return np.concatenate([rows["images"] for rows in self._rows])
 
+    def entry(self, number: int, reason: str) -> quarantine.Entry:
+        """The line of ``quarantine.txt`` that leaves a sample out."""
+        shard, row = self._locate(number)
+        check = int(self._rows[shard][row]["check"])
+        return quarantine.Entry(self.tars[shard].name, row, check, self.place(number)[1], reason)
+
     def place(self, number: int) -> tuple[str, str]:
         """File name of the shard and key of a sample, for messages; the key is ``?`` where it cannot be read."""
         shard, row = self._locate(number)
         offset = int(self._rows[shard][row]["offset"])
         try:
-            first = next(members(lambda at, count: self._pread(shard, count, at), offset, 1 << 62, whole_archive=False))
+            first = next(
+                members(lambda at, count: self._files.read(shard, count, at), offset, 1 << 62, whole_archive=False)
+            )
         except (TarError, StorageError, StopIteration):
             return self.tars[shard].name, "?"
         return self.tars[shard].name, (split_name(first.name) or ("?", ""))[0]
@@ -156,7 +213,7 @@ class ShardSet:
         """
         shard, row = self._locate(number)
         offset, count, check, _ = self._rows[shard][row].tolist()
-        span = self._pread(shard, count, offset)
+        span = self._files.read(shard, count, offset)
         self._check(span[:BLOCK], check, shard)
 
         def read(at: int, size: int) -> bytes:
@@ -176,7 +233,7 @@ class ShardSet:
         offset, count, check, _ = self._rows[shard][row].tolist()
 
         def read(at: int, size: int) -> bytes:
-            return self._pread(shard, size, at)
+            return self._files.read(shard, size, at)
 
         self._check(read(offset, BLOCK), check, shard)
         key, text, images = self._members(shard, offset, offset + count, read)
@@ -212,41 +269,3 @@ class ShardSet:
     def _check(self, header: bytes, check: int, shard: int) -> None:
         if zlib.crc32(header) != check:
             raise StorageError(f"{self.tars[shard]}: changed after it was indexed; start again, or restore the shard")
-
-    def _pread(self, shard: int, count: int, offset: int) -> bytes:
-        """Bytes of a shard; an I/O error is tried again, then it is final."""
-        for attempt in range(RETRIES + 1):
-            try:
-                content = os.pread(self._file(shard), count, offset)
-            except OSError as error:
-                if attempt == RETRIES:
-                    raise StorageError(
-                        f"{self.tars[shard]}: cannot be read ({error.strerror}), tried {RETRIES + 1} times"
-                    ) from None
-                self._close(shard)
-                time.sleep(0.1 * 4**attempt)
-                continue
-            if len(content) != count:
-                raise StorageError(
-                    f"{self.tars[shard]}: ends before byte {offset + count}; it was cut after it was indexed"
-                )
-            return content
-        raise AssertionError("unreachable: the last attempt returns or raises")
-
-    def _file(self, shard: int) -> int:
-        if shard in self._files:
-            self._files.move_to_end(shard)
-            return self._files[shard]
-        while len(self._files) >= OPEN_FILES:
-            os.close(self._files.popitem(last=False)[1])
-        self._files[shard] = os.open(self.tars[shard], os.O_RDONLY)
-        return self._files[shard]
-
-    def _close(self, shard: int) -> None:
-        file = self._files.pop(shard, None)
-        if file is not None:
-            os.close(file)
-
-    def __del__(self) -> None:
-        for file in getattr(self, "_files", {}).values():
-            os.close(file)

@@ -78,14 +78,26 @@ class Manifest:
         """The manifest in ``directory``. Raises DataError."""
         path = directory / MANIFEST
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = path.read_bytes()
+        except OSError as error:
+            raise StorageError(f"{path}: cannot be read ({error}); convert the data set again") from None
+        return cls.parse(content, where=str(path))
+
+    @classmethod
+    def parse(cls, text: bytes, *, where: str) -> Manifest:
+        """The manifest in a file's content. Raises DataError."""
+        try:
+            content = json.loads(text)
             if content.get("format") != FORMAT:
-                raise StorageError(f"{path}: format {content.get('format')!r}; this mmit reads {FORMAT}")
+                raise StorageError(f"{where}: format {content.get('format')!r}; this mmit reads {FORMAT}")
             content["shards"] = tuple(ShardInfo(**shard) for shard in content["shards"])
             content["bad"] = tuple(content["bad"])
+            for shard in content["shards"]:
+                if Path(shard.file).name != shard.file or not shard.file.endswith(".tar"):
+                    raise StorageError(f"{where}: names a shard '{shard.file}', which is no name of a tar beside it")
             return cls(**content)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise StorageError(f"{path}: cannot be read ({error}); convert the data set again") from None
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise StorageError(f"{where}: cannot be read ({error}); convert the data set again") from None
 
 
 class ShardWriter:

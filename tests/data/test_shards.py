@@ -17,7 +17,7 @@ import pytest
 from data_factories import make_shards, picture, talk
 
 from mmit.conversation import Conversation, ImageRef, Message
-from mmit.data import index, shard_set, stored
+from mmit.data import index, shard_files, stored
 from mmit.data.faults import SampleError, StorageError
 from mmit.data.shard_set import open_source
 from mmit.data.shards import ShardWriter
@@ -152,7 +152,7 @@ def test_an_io_error_is_tried_again_and_then_final(tmp_path: Path, monkeypatch: 
             raise OSError(5, "Input/output error")
         return real(file, count, offset)
 
-    monkeypatch.setattr(shard_set.time, "sleep", lambda _: None)
+    monkeypatch.setattr(shard_files.time, "sleep", lambda _: None)
     monkeypatch.setattr(os, "pread", failing)
     assert shards.read(0).messages
     failures[0] = 100
