@@ -204,6 +204,13 @@ class Data(Section):
     """Share of broken samples that is tolerated (each is logged) before the run stops."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Loader processes per rank; 0 loads in the training process."""
+    on_missing_shard: Literal["error", "skip"] = "error"
+    """A shard that is gone or cut off during training, after several attempts: stop, or leave its samples out, each
+    counted as a broken one."""
+    cache: str = "~/.cache/mmit"
+    """Folder for shards from a URL (and for what cannot be written beside the shards)."""
+    cache_gb: PositiveFloat = 100.0
+    """Most gigabytes (10^9 bytes) of shards from URLs in ``cache``; the least recently used make room."""
 
 
 class Batching(Section):

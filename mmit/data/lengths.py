@@ -20,6 +20,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from mmit.conversation import Conversation, ImageRef, Message
+from mmit.data import quarantine
 from mmit.data.atomic import cannot_write, write_whole
 from mmit.data.faults import BadSample, StorageError, first_three
 from mmit.data.parallel import run, usable_cores, with_progress
@@ -37,10 +38,14 @@ Measure = Callable[[Conversation], tuple[int, int]]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LengthTable:
-    """The lengths of one data set, one row of ROW for each sample, and the samples that were refused."""
+    """The lengths of one data set, one row of ROW for each sample, and the samples that were refused.
+
+    quarantine: a name for which samples its quarantine.txt leaves out; empty where it leaves out none.
+    """
 
     rows: np.ndarray
     refused: tuple[BadSample, ...] = ()
+    quarantine: str = ""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -81,6 +86,7 @@ def measure_lengths(
     """The length table of ``shards``: read where it exists, computed where not.
 
     fingerprint: of everything ``measure`` depends on. Of several ranks on a host one computes, the others wait.
+    Samples in quarantine are left out.
     Raises DataError where more than ``max_skipped`` of the samples are broken.
     """
     table = _kept(
@@ -88,6 +94,7 @@ def measure_lengths(
         f"{fingerprint} {shards.fingerprint}",
         lambda: _compute(shards, measure, processes or usable_cores(), progress=progress),
     )
+    table = _without_quarantined(table, shards)
     if len(table.refused) > max_skipped * len(table):
         raise DataError(
             f"{shards.name}: {len(table.refused)} of {len(table)} samples cannot be used, max_skipped {max_skipped:g} "
@@ -130,7 +137,7 @@ def fit(
     else:
         cut = _kept(
             shards,
-            f"{fingerprint} {shards.fingerprint} drop_turns {length} {images_per_row}",
+            f"{fingerprint} {shards.fingerprint} drop_turns {length} {images_per_row} {table.quarantine}".rstrip(),
             lambda: LengthTable(
                 rows=np.array([_cut(shards, n, measure, length, images_per_row) for n in over.tolist()], dtype=ROW)
             ),
@@ -150,6 +157,17 @@ def cut_turns(conversation: Conversation, turns: int) -> Conversation:
         images=tuple(conversation.images[old] for old in used) if conversation.images else (),
         sizes=tuple(conversation.sizes[old] for old in used),
     )
+
+
+def _without_quarantined(table: LengthTable, shards: ShardSet) -> LengthTable:
+    """The table with the samples in quarantine left out; broken ones among them are no longer counted as such."""
+    if not len(shards.quarantined):
+        return table
+    rows = table.rows.copy()
+    rows[shards.quarantined] = 0
+    places = {(entry.shard, entry.key) for entry in quarantine.read(shards.left_out, where="")}
+    refused = tuple(sample for sample in table.refused if (sample.shard, sample.key) not in places)
+    return LengthTable(rows=rows, refused=refused, quarantine=quarantine.digest(shards.quarantined))
 
 
 def _renumbered(message: Message, new: dict[int, int]) -> Message:

@@ -102,6 +102,7 @@ class Feed:
             image_size=self.encode.spec.size,
             start_step=start_step,
             max_skipped=self.stage.data.max_skipped,
+            on_missing_shard=self.stage.data.on_missing_shard,
         )
 
 
@@ -141,7 +142,7 @@ def make_feed(config: RunConfig, stage: Stage, loaded: LoadedModel) -> Feed:
 def plan_stage(config: RunConfig, stage: Stage, encode: Encode) -> Plan:
     """The plan alone. Raises DataError and ConfigError."""
     batch = stage.batch
-    sets = [open_shards(source, beside=config.file) for source in stage.data.mix]
+    sets = [open_shards(source, stage.data, beside=config.file) for source in stage.data.mix]
     tables = [_lengths(shards, stage, encode) for shards in sets]
     draws = [
         (shards, draws_per_epoch(len(shards), epochs=source.epochs, samples=source.samples))
@@ -160,12 +161,15 @@ def plan_stage(config: RunConfig, stage: Stage, encode: Encode) -> Plan:
     )
 
 
-def open_shards(source: Source, *, beside: Path | None) -> ShardSet:
+def open_shards(source: Source, data: Data, *, beside: Path | None) -> ShardSet:
     """The shards that an entry of a mixture means; ``beside`` is the run file. Raises DataError and ConfigError."""
+    where: str | Path
     if source.shards is not None:
-        return open_source(source.shards)
-    assert source.recipe is not None, "the schema asks for one of the two"
-    return open_source(load_recipe(source.recipe, beside=beside).directory)
+        where = source.shards
+    else:
+        assert source.recipe is not None, "the schema asks for one of the two"
+        where = load_recipe(source.recipe, beside=beside).directory
+    return open_source(where, cache=Path(data.cache), cache_bytes=round(data.cache_gb * 1e9))
 
 
 def _lengths(shards: ShardSet, stage: Stage, encode: Encode) -> LengthTable:
