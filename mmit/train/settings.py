@@ -12,7 +12,15 @@ from typing import Any
 from mmit.config import RunConfig
 from mmit.errors import ConfigError
 
-HARMLESS = ("save", "log", "data.workers", "data.max_skipped")
+HARMLESS = (
+    "save",
+    "log",
+    "data.workers",
+    "data.max_skipped",
+    "data.on_missing_shard",
+    "data.cache",
+    "data.cache_gb",
+)
 """Settings of a stage that change nothing in its weights."""
 
 
