@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from mmit.data.faults import BadSample, SampleError, StorageError
     from mmit.data.lengths import LengthTable, fit, measure_lengths
     from mmit.data.loader import Loader, StepBatches
-    from mmit.data.plan import Plan, draws_per_epoch, make_plan
+    from mmit.data.mixture import Choice, choose, draws_by_root, draws_by_weight, draws_per_epoch
+    from mmit.data.plan import Plan, make_plan
     from mmit.data.recipe import Recipe, load_recipe
     from mmit.data.shard_set import ShardSet, open_source
     from mmit.data.shards import Manifest, ShardWriter
@@ -24,7 +25,8 @@ _WHERE = {
     "faults": ("BadSample", "SampleError", "StorageError"),
     "lengths": ("LengthTable", "fit", "measure_lengths"),
     "loader": ("Loader", "StepBatches"),
-    "plan": ("Plan", "draws_per_epoch", "make_plan"),
+    "mixture": ("Choice", "choose", "draws_by_root", "draws_by_weight", "draws_per_epoch"),
+    "plan": ("Plan", "make_plan"),
     "recipe": ("Recipe", "load_recipe"),
     "shard_set": ("ShardSet", "open_source"),
     "shards": ("Manifest", "ShardWriter"),
@@ -33,6 +35,7 @@ _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names
 
 __all__ = [
     "BadSample",
+    "Choice",
     "LengthTable",
     "Loader",
     "Manifest",
@@ -43,6 +46,9 @@ __all__ = [
     "ShardWriter",
     "StepBatches",
     "StorageError",
+    "choose",
+    "draws_by_root",
+    "draws_by_weight",
     "draws_per_epoch",
     "fit",
     "load_recipe",

@@ -71,7 +71,7 @@ class LengthTable:
 
     def digest(self) -> str:
         """A hash of the whole table."""
-        return hashlib.sha256(np.ascontiguousarray(self.rows).tobytes()).hexdigest()[:16]
+        return hashlib.sha256(np.ascontiguousarray(self.rows).view(np.uint8).data).hexdigest()[:16]
 
 
 def measure_lengths(

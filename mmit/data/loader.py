@@ -1,7 +1,7 @@
 """From the plan to batches: each rank reads its rows of each step, in worker processes that remember nothing.
 
-Rank r of w takes rows r, r + w, ... of a step, cut into micro-batches, the same number on every rank. A broken sample
-is a hole in its row: nothing moves into its place, it is counted and listed, and too many of them end the run.
+The rows of a step are dealt to the ranks by cost and cut into micro-batches, the same number on every rank. A broken
+sample is a hole in its row: nothing moves into its place, it is counted and listed, and too many of them end the run.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ import atexit
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mmit.batch import Batch, Encoded, collate
 from mmit.conversation import Conversation
-from mmit.data.faults import BadSample, StorageError, first_three
+from mmit.data.faults import BadSample, MissingShardError, StorageError, first_three
 from mmit.data.lengths import cut_turns
-from mmit.data.plan import Plan, Row
+from mmit.data.plan import EMPTY, Plan, Row
 from mmit.errors import DataError
 
 Encode = Callable[[Conversation], Encoded]
@@ -41,6 +42,7 @@ class Loader:
     encode: makes a sample ready; picklable; raises DataError for a broken one.
     workers: processes that read ahead; 0 reads in this one. The batches do not depend on their number.
     image_size: (H, W) of a tile. max_skipped: share of the plan's samples that may be broken.
+    on_missing_shard: ``skip`` takes the samples of a shard that went away for broken ones; ``error`` ends the run.
 
     Iterating raises DataError above that share, for a shard that cannot be read, and for a sample whose length is not
     the one the plan was made with.
@@ -59,6 +61,7 @@ class Loader:
         image_size: tuple[int, int],
         start_step: int = 0,
         max_skipped: float = 0.0,
+        on_missing_shard: Literal["error", "skip"] = "error",
     ) -> None:
         assert 0 <= rank < world, f"rank {rank} of {world}"
         self.plan = plan
@@ -66,6 +69,7 @@ class Loader:
         self.world = world
         self.start_step = start_step
         self.max_skipped = max_skipped
+        self.on_missing_shard = on_missing_shard
         self.workers = workers
         rows_of_rank = -(-plan.rows_per_step // world)
         self.micro_batches = -(-rows_of_rank // rows_per_micro_batch)
@@ -108,8 +112,8 @@ class Loader:
 
     def rows(self, step: int, micro_batch: int, count: int) -> list[Row]:
         """The rows of this rank in one micro-batch of a step: at most ``count``, at least an empty one."""
-        own = self.plan.step(step)[self.rank :: self.world][micro_batch * count : (micro_batch + 1) * count]
-        return own or [Row((), 0, 0)]
+        own = self.plan.step_of_rank(step, rank=self.rank, world=self.world)
+        return own[micro_batch * count : (micro_batch + 1) * count] or [EMPTY]
 
     def _check_skipped(self, skipped: int, holes: list[BadSample]) -> None:
         if holes and skipped > self.max_skipped * self.plan.samples:
@@ -164,6 +168,11 @@ class _MicroBatches(Dataset[Made]):
             if turns := table.turns(number):
                 conversation = cut_turns(conversation, turns)
             encoded = self.encode(conversation)
+        except MissingShardError as error:
+            if self.loader.on_missing_shard == "error":
+                raise
+            shard, key = samples.place(number)
+            return BadSample(id=f"sample {number}", key=key, shard=shard, reason=str(error))
         except StorageError:
             raise
         except DataError as error:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+CHUNK = 1 << 20
+
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
@@ -29,12 +31,27 @@ def key(*parts: int | str) -> np.uint64:
 
 def hashes(count: int, stream: np.uint64) -> np.ndarray:
     """``count`` random-looking uint64 of a stream; the first n do not depend on ``count``."""
-    return splitmix64(np.arange(count, dtype=np.uint64) ^ stream)
+    found = np.empty(count, dtype=np.uint64)
+    for first in range(0, count, CHUNK):  # no temporary as large as the result
+        numbers = np.arange(first, min(count, first + CHUNK), dtype=np.uint64)
+        found[first : first + CHUNK] = splitmix64(numbers ^ stream)
+    return found
 
 
 def permutation(count: int, stream: np.uint64) -> np.ndarray:
-    """The numbers 0 .. count - 1 in the order of a stream, int64."""
-    return np.argsort(hashes(count, stream), kind="stable")
+    """The numbers 0 .. count - 1 in the order of a stream, uint32.
+
+    Hash and number share one integer, which is sorted in place: half the memory of an argsort, and the same for ever.
+    """
+    assert count < 1 << 32, "more than 4 billion samples"
+    mask = np.uint64((1 << count.bit_length()) - 1)
+    values = hashes(count, stream)
+    values &= ~mask
+    for first in range(0, count, CHUNK):
+        values[first : first + CHUNK] |= np.arange(first, min(count, first + CHUNK), dtype=np.uint64)
+    values.sort()
+    values &= mask
+    return values.astype(np.uint32)
 
 
 def windowed(blocks: Sequence[int], stream: np.uint64, *, window: int) -> np.ndarray:
@@ -53,7 +70,7 @@ def windowed(blocks: Sequence[int], stream: np.uint64, *, window: int) -> np.nda
 
 
 def draws_of_epoch(count: int, draws: int, epoch: int, *, seed: int, source: int) -> np.ndarray:
-    """Which of ``count`` samples a source contributes in one epoch, in order: (draws,) int64.
+    """Which of ``count`` samples a source contributes in one epoch, in order: (draws,) uint32.
 
     The draws of successive epochs walk through one permutation after another, so over any number of epochs no sample
     is seen twice more often than another.
@@ -66,18 +83,20 @@ def draws_of_epoch(count: int, draws: int, epoch: int, *, seed: int, source: int
         part = permutation(count, key(seed, "order", source, turn))[at : at + draws - taken]
         parts.append(part)
         taken += len(part)
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint32)
 
 
 def interleaved(draws: Sequence[int], epoch: int, *, seed: int) -> np.ndarray:
-    """Which source each draw of an epoch comes from, every source spread evenly: (sum of draws,) int64.
+    """Which source each draw of an epoch comes from, every source spread evenly: (sum of draws,) uint16.
 
     Draw k of d stands at (k + u) / d with u from 0 to 1, so the share of a source in any stretch is right within a
     sample or two.
     """
+    if len(draws) == 1:
+        return np.zeros(draws[0], dtype=np.uint16)
     times, sources = [], []
     for source, count in enumerate(draws):
         jitter = (hashes(count, key(seed, "mix", source, epoch)) >> np.uint64(11)).astype(np.float64) * 2.0**-53
         times.append((np.arange(count) + jitter) / max(count, 1))
-        sources.append(np.full(count, source, dtype=np.int64))
+        sources.append(np.full(count, source, dtype=np.uint16))
     return np.concatenate(sources)[np.argsort(np.concatenate(times), kind="stable")]

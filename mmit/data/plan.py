@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from mmit.data.lengths import LengthTable
-from mmit.data.order import draws_of_epoch, interleaved, key
-from mmit.data.packing import balanced_steps, best_fit
+from mmit.data.order import CHUNK, draws_of_epoch, interleaved, key
+from mmit.data.packing import best_fit
 from mmit.data.shard_set import SampleSet
+from mmit.data.steps import NO_ROW, Batches, arrange, deal, row_cost
 from mmit.errors import DataError
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,9 @@ EMPTY = Row((), 0, 0)
 class Plan:
     """Every row of every step.
 
-    sources, tables: the data sets and their lengths. draws: (epochs x draws,) arrays of source and sample, in the order
-    of the rows; row r holds draws [starts[r], starts[r + 1]); step s holds rows [s * rows_per_step, ...).
+    sources, tables: the data sets and their lengths. source_of, sample_of: (draws of all epochs,) source and sample of
+    each draw, in the order of the rows. starts: row r holds draws [starts[r], starts[r + 1]); step s holds rows
+    [s * rows_per_step, ...), the costliest first and empty ones last. tokens, images: of each row.
     parts: digests of what the plan was made from, by name; fingerprint: of all of them.
     """
 
@@ -60,22 +62,45 @@ class Plan:
         return hashlib.sha256(json.dumps(self.parts, sort_keys=True).encode()).hexdigest()[:32]
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """A name for each source; data sets of one name are numbered."""
+        plain = [source.name for source in self.sources]
+        return tuple(
+            name if plain.count(name) == 1 else f"{name}#{1 + plain[:number].count(name)}"
+            for number, name in enumerate(plain)
+        )
+
+    @property
     def rows(self) -> int:
         """Rows that hold samples, over all steps."""
-        return min(len(self.starts) - 1, self.steps * self.rows_per_step)
+        return int(np.count_nonzero(self.tokens[: self.steps * self.rows_per_step]))
 
     @property
     def samples(self) -> int:
         """Samples over all steps, repetitions counted."""
-        return int(self.starts[self.rows])
+        return int(self.starts[self.steps * self.rows_per_step])
+
+    @property
+    def costs(self) -> np.ndarray:
+        """What each row of each step costs, in tokens: (steps, rows_per_step) int64; 0 for an empty one."""
+        rows = self.steps * self.rows_per_step
+        return row_cost(self.tokens[:rows], self.images[:rows]).reshape(self.steps, self.rows_per_step)
 
     def step(self, number: int) -> list[Row]:
-        """The ``rows_per_step`` rows of a step, the longest first; the last step may end with empty ones."""
+        """The ``rows_per_step`` rows of a step, the costliest first, empty ones last."""
         if not 0 <= number < self.steps:
             raise IndexError(number)
         first = number * self.rows_per_step
-        found = [self._row(r) for r in range(first, min(first + self.rows_per_step, len(self.starts) - 1))]
-        return found + [EMPTY] * (self.rows_per_step - len(found))
+        return [self._row(row) for row in range(first, first + self.rows_per_step)]
+
+    def step_of_rank(self, number: int, *, rank: int, world: int) -> list[Row]:
+        """The rows that one rank takes of a step, in order: all ranks together take each once."""
+        if not 0 <= number < self.steps:
+            raise IndexError(number)
+        first = number * self.rows_per_step
+        span = slice(first, first + self.rows_per_step)
+        own = deal(row_cost(self.tokens[span], self.images[span])[None], world)[0, :, rank]
+        return [self._row(first + row) for row in own.tolist() if row != NO_ROW]
 
     def _row(self, number: int) -> Row:
         span = slice(int(self.starts[number]), int(self.starts[number + 1]))
@@ -94,80 +119,148 @@ def make_plan(
     seed: int,
     epochs: int = 1,
     max_steps: int | None = None,
+    chosen: Sequence[np.ndarray | None] = (),
+    batches: Batches = "mixed",
+    text_share: float = 0.0,
 ) -> Plan:
     """Plan all epochs of a stage.
 
-    sources: data sets, each with the number of samples drawn from it per epoch (see ``draws_per_epoch``).
+    sources: data sets, each with the number of samples drawn from it per epoch (see ``mixture``).
     lengths: one table for each, already fitted to ``length`` (``lengths.fit``); samples it leaves out are passed over.
     packing: False puts one sample into each row.
+    chosen: for each source the numbers of the samples that take part, ascending; None is all of them.
+    batches, text_share: which rows share a step, see ``steps.arrange``.
     Raises DataError where nothing is left to train on.
     """
-    source_of, sample_of = _order([draws for _, draws in sources], [len(s) for s, _ in sources], seed, epochs)
-    tokens = _gather([table.tokens for table in lengths], source_of, sample_of)
-    images = _gather([table.images for table in lengths], source_of, sample_of)
-    kept = np.flatnonzero(tokens)
-    if not len(kept):
+    chosen = chosen or [None] * len(sources)
+    source_of, sample_of = _order(sources, chosen, seed, epochs)
+    tokens = _gather([table.tokens for table in lengths], source_of, sample_of, np.uint32)
+    if not tokens.any():
         names = ", ".join(source.name for source, _ in sources)
         raise DataError(f"{names}: no sample is left to train on; see the refused samples in the log")
-    tokens, images = tokens[kept], images[kept]
-    if packing:
-        order, starts = best_fit(tokens, images, length=length, images_per_row=images_per_row)
-    else:
-        order, starts = np.arange(len(kept)), np.arange(len(kept) + 1)
-    row_tokens = np.add.reduceat(tokens[order].astype(np.int64), starts[:-1])
-    row_images = np.add.reduceat(images[order].astype(np.int64), starts[:-1])
-    rows = balanced_steps(row_tokens, rows_per_step=rows_per_step, stream=key(seed, "steps"))
-    # lay the draws out in the order of the rows, so that a row is one slice
-    sizes = np.diff(starts)[rows]
-    new_starts = np.concatenate([[0], np.cumsum(sizes)])
-    within = np.arange(len(order)) - np.repeat(new_starts[:-1], sizes)
-    draws = kept[order[np.repeat(starts[:-1][rows], sizes) + within]]
-    steps = -(-len(rows) // rows_per_step)
+    if not tokens.all():
+        kept = tokens > 0
+        source_of, sample_of, tokens = source_of[kept], sample_of[kept], tokens[kept]
+    images = _gather([table.images for table in lengths], source_of, sample_of, np.uint16)
+    order, starts = _rows(tokens, images, length, images_per_row, packing=packing, by_kind=batches != "mixed")
+    row_tokens, row_images = _sums(tokens, order, starts), _sums(images, order, starts)
+    del tokens, images  # of ten million samples every array counts
+    steps = arrange(
+        row_cost(row_tokens, row_images),
+        row_images == 0,
+        batches=batches,
+        text_share=text_share,
+        rows_per_step=rows_per_step,
+        stream=key(seed, "steps"),
+    )
+    rows = steps.reshape(-1)
+    (source_of, sample_of), new_starts = _laid_out([source_of, sample_of], order, starts, rows)
     return Plan(
         sources=tuple(source for source, _ in sources),
         tables=tuple(lengths),
         rows_per_step=rows_per_step,
-        steps=steps if max_steps is None else min(steps, max_steps),
-        source_of=source_of[draws].astype(np.uint16),
-        sample_of=sample_of[draws].astype(np.uint32),
+        steps=len(steps) if max_steps is None else min(len(steps), max_steps),
+        source_of=source_of,
+        sample_of=sample_of,
         starts=new_starts,
-        tokens=row_tokens[rows],
-        images=row_images[rows],
+        tokens=np.where(rows == NO_ROW, np.uint32(0), row_tokens[rows]),
+        images=np.where(rows == NO_ROW, np.uint32(0), row_images[rows]),
         parts={
             "version": str(VERSION),
-            "data": " ".join(f"{source.fingerprint} x {draws}" for source, draws in sources),
+            "data": " ".join(
+                f"{source.fingerprint} x {draws}" + ("" if some is None else f" of {_digest(some)}")
+                for (source, draws), some in zip(sources, chosen, strict=True)
+            ),
             "lengths (tokenizer, template, image tokens, too_long)": " ".join(t.digest() for t in lengths),
+            "quarantine": " ".join(t.quarantine for t in lengths),
             "length": str(length),
             "rows_per_step": str(rows_per_step),
             "packing": str(packing),
             "images_per_row": str(images_per_row),
             "seed": str(seed),
             "epochs": str(epochs),
+            "batches": f"{batches} {text_share:g}",
         },
     )
 
 
-def draws_per_epoch(count: int, *, epochs: float = 1.0, samples: int | None = None) -> int:
-    """Samples that a source of ``count`` contributes to an epoch: ``samples``, or ``epochs`` of all (at least one)."""
-    return samples if samples is not None else max(1, round(epochs * count))
-
-
-def _order(draws: Sequence[int], counts: Sequence[int], seed: int, epochs: int) -> tuple[np.ndarray, np.ndarray]:
-    """Source and sample of every draw, epoch after epoch."""
-    sources, samples = [], []
+def _order(
+    sources: Sequence[tuple[SampleSet, int]], chosen: Sequence[np.ndarray | None], seed: int, epochs: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Source and sample of every draw, epoch after epoch: uint16, uint32."""
+    draws = [drawn for _, drawn in sources]
+    parts_source, parts_sample = [], []
     for epoch in range(epochs):
         source_of = interleaved(draws, epoch, seed=seed)
-        sample_of = np.empty(len(source_of), dtype=np.int64)
-        for source, (drawn, count) in enumerate(zip(draws, counts, strict=True)):
-            sample_of[source_of == source] = draws_of_epoch(count, drawn, epoch, seed=seed, source=source)
-        sources.append(source_of)
-        samples.append(sample_of)
-    return np.concatenate(sources), np.concatenate(samples)
+        sample_of = np.empty(len(source_of), dtype=np.uint32)
+        for number, ((source, drawn), some) in enumerate(zip(sources, chosen, strict=True)):
+            count = len(source) if some is None else len(some)
+            found = draws_of_epoch(count, drawn, epoch, seed=seed, source=number)
+            drawn_samples = found if some is None else some[found]
+            if len(sources) == 1:
+                sample_of = drawn_samples
+            else:
+                sample_of[source_of == number] = drawn_samples
+        parts_source.append(source_of)
+        parts_sample.append(sample_of)
+    if epochs == 1:
+        return parts_source[0], parts_sample[0]
+    return np.concatenate(parts_source), np.concatenate(parts_sample)
 
 
-def _gather(columns: Sequence[np.ndarray], source_of: np.ndarray, sample_of: np.ndarray) -> np.ndarray:
-    found = np.zeros(len(source_of), dtype=np.uint32)
-    for source, column in enumerate(columns):
-        here = source_of == source
-        found[here] = column[sample_of[here]]
+def _gather(
+    columns: Sequence[np.ndarray], source_of: np.ndarray, sample_of: np.ndarray, dtype: type[np.unsignedinteger]
+) -> np.ndarray:
+    found = np.zeros(len(source_of), dtype=dtype)
+    for first in range(0, len(found), CHUNK):  # no temporary as large as the plan
+        part = slice(first, first + CHUNK)
+        for source, column in enumerate(columns):
+            here = source_of[part] == source
+            found[part][here] = column[sample_of[part][here]]
     return found
+
+
+def _rows(
+    tokens: np.ndarray, images: np.ndarray, length: int, images_per_row: int, *, packing: bool, by_kind: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws in the order of their rows, and where each row starts; by_kind: text alone in rows of its own."""
+    if not packing:
+        return np.arange(len(tokens), dtype=np.uint32), np.arange(len(tokens) + 1)
+    if not by_kind:
+        return best_fit(tokens, images, length=length, images_per_row=images_per_row)
+    order, starts = [np.zeros(0, dtype=np.uint32)], [np.zeros(1, dtype=np.int64)]
+    for here in (np.flatnonzero(images), np.flatnonzero(images == 0)):
+        own, at = best_fit(tokens[here], images[here], length=length, images_per_row=images_per_row)
+        order.append(here[own].astype(np.uint32))
+        starts.append(at[1:] + starts[-1][-1])
+    return np.concatenate(order), np.concatenate(starts)
+
+
+def _sums(values: np.ndarray, order: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """The sum over each row, uint32; no temporary is as large as the plan."""
+    found = np.empty(len(starts) - 1, dtype=np.uint32)
+    for first in range(0, len(found), CHUNK):
+        at = starts[first : first + CHUNK + 1]
+        found[first : first + CHUNK] = np.add.reduceat(values[order[at[0] : at[-1]]], at[:-1] - at[0], dtype=np.uint32)
+    return found
+
+
+def _laid_out(
+    columns: Sequence[np.ndarray], order: np.ndarray, starts: np.ndarray, rows: np.ndarray
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """The columns of the draws in the order of ``rows``, so that a row is one slice, and where each of these begins."""
+    sizes = np.where(rows == NO_ROW, 0, np.diff(starts)[rows])
+    new_starts = np.concatenate([[0], np.cumsum(sizes)])
+    found = [np.empty(new_starts[-1], dtype=column.dtype) for column in columns]
+    for first in range(0, len(rows), CHUNK):
+        here = slice(first, first + CHUNK)
+        base, stop = int(new_starts[first]), int(new_starts[min(first + CHUNK, len(rows))])
+        shift = np.repeat(starts[rows[here]] - new_starts[:-1][here], sizes[here])
+        draws = order[np.arange(base, stop) + shift]
+        for column, laid in zip(columns, found, strict=True):
+            laid[base:stop] = column[draws]
+    return found, new_starts
+
+
+def _digest(chosen: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(chosen).data).hexdigest()[:16]

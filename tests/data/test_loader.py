@@ -199,7 +199,7 @@ def test_turns_that_the_plan_leaves_out_are_left_out_of_the_batch(tmp_path: Path
     made = planned(open_source(tmp_path))
     rows = made.tables[0].rows.copy()
     rows[0] = (2, 1, 0, 2)
-    cut = replace(made, tables=(replace(made.tables[0], rows=rows),), tokens=np.array([2]))
+    cut = replace(made, tables=(replace(made.tables[0], rows=rows),), tokens=np.array([2, 0, 0, 0, 0, 0]))
     (step,) = loader(cut)
     assert step.batches[0].input_ids.tolist()[0][:2] == [5, 5]
     assert step.batches[0].pixels.shape == (0, 3, 2, 2)

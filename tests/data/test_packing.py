@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmit.data.order import key
-from mmit.data.packing import balanced_steps, best_fit
+from mmit.data.packing import best_fit
+from mmit.data.steps import balanced_steps
 
 
 def rows_of(

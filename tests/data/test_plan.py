@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from mmit.conversation import Conversation
 from mmit.data.lengths import ROW, LengthTable
-from mmit.data.plan import Plan, draws_per_epoch, make_plan
+from mmit.data.mixture import draws_per_epoch
+from mmit.data.plan import Plan, make_plan
 from mmit.data.summary import summarize, summary_table
 from mmit.errors import DataError
 
