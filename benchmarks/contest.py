@@ -9,6 +9,7 @@ import json
 import socket
 import sys
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ from world import (
 HERE = Path(__file__).parent
 STAGE = "measured"
 LONG = 4096
+LONGER = range(31)
+"""Percent by which a row may be longer than eight average samples, so that all samples find room."""
+SEEDS = range(40)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +84,11 @@ class Run:
 
 
 def prepare(world: World, size: str, stage: int, *, warmup_steps: int, steps: int) -> Contest:
-    """Make the data of a stage, the directory that the other system opens, and mmit's plan of the samples."""
+    """Make the data of a stage, mmit's run file and plan, and the directory that the other system opens.
+
+    The plan takes every sample. Of the seeds, which shuffle the steps, the first is chosen whose timed steps hold as
+    many samples as those of the other system, and samples that are as long as all are on average.
+    """
     import torch
 
     from mmit.config import RunConfig
@@ -88,21 +96,24 @@ def prepare(world: World, size: str, stage: int, *, warmup_steps: int, steps: in
     from mmit.train.feed import make_encode, plan_stage
 
     wanted = warmup_steps + steps
-    make_data(world, stage, steps=wanted + max(2, wanted // 4))
-    draft = RunConfig.model_validate(run_file(world, stage, length=LONG, output=world.folder / "draft"))
+    make_data(world, stage, steps=wanted)
+    content = run_file(world, stage, length=LONG, seed=0)
+    draft = RunConfig.model_validate(content)
     loaded = build_model(draft.model, dtype=torch.float32, seed=draft.seed)
-    if not world.whole.exists():
-        save_model(loaded, None, world.whole, made_from={"benchmark": "random weights"})
     encode = make_encode(draft.stages[STAGE].data, loaded)
     lengths = plan_stage(draft, draft.stages[STAGE], encode).tables[0].tokens
-    # a row holds as many tokens as a micro-batch of the other system has on average, padding aside
-    length = max(int(lengths.mean() * SAMPLES_PER_ROW), int(lengths.max()))
-    content = run_file(world, stage, length=length, output=world.folder / "runs")
-    content["stages"][STAGE]["max_steps"] = wanted
+    for longer, seed in product(LONGER, SEEDS):
+        length = max(int(lengths.mean() * SAMPLES_PER_ROW * (1 + longer / 100)), int(lengths.max()))
+        content = run_file(world, stage, length=length, seed=seed)
+        config = RunConfig.model_validate(content)
+        plan = plan_stage(config, config.stages[STAGE], encode)
+        if plan.steps == wanted and _is_typical(plan, warmup_steps, float(lengths.mean())):
+            break
+    else:
+        raise AssertionError(f"no row length and seed make {wanted} steps of equal size of {len(lengths)} samples")
     world.run_file(stage).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-    final = RunConfig.model_validate(content)
-    plan = plan_stage(final, final.stages[STAGE], encode)
-    assert plan.steps == wanted, f"{plan.steps} steps planned, {wanted} wanted: too few samples were made"
+    loaded = build_model(config.model, dtype=torch.float32, seed=seed)
+    save_model(loaded, None, world.whole(stage), made_from={"benchmark": "random weights"})
     seen = [_ids(plan, step) for step in range(wanted)]
     return Contest(
         world=world,
@@ -114,6 +125,13 @@ def prepare(world: World, size: str, stage: int, *, warmup_steps: int, steps: in
         warmup_steps=warmup_steps,
         steps=steps,
     )
+
+
+def _is_typical(plan: Any, warmup_steps: int, mean_length: float) -> bool:
+    rows = [row for step in range(warmup_steps, plan.steps) for row in plan.step(step)]
+    samples = sum(len(row.samples) for row in rows)
+    tokens = sum(row.tokens for row in rows)
+    return samples == (plan.steps - warmup_steps) * SAMPLES_PER_STEP and abs(tokens / samples / mean_length - 1) < 0.01
 
 
 def _ids(plan: Any, step: int) -> list[str]:
@@ -144,7 +162,10 @@ def run_mmit(contest: Contest, *, ranks: int, overrides: list[str]) -> Run:
 
 
 def run_trainer(contest: Contest, *, ranks: int) -> Run:
-    """The padded Trainer on the same samples: warm-up steps, then those of mmit's timed steps in the same order."""
+    """The padded Trainer on the same samples: warm-up steps, then those of mmit's timed steps.
+
+    In the order of the records, which is random in length: mmit's own order would hand it batches grouped by length.
+    """
     folder = contest.world.folder
     progress, counts, path = folder / "trainer.jsonl", folder / "trainer-counts", folder / "trainer-task.json"
     progress.unlink(missing_ok=True)
@@ -152,9 +173,9 @@ def run_trainer(contest: Contest, *, ranks: int) -> Run:
     warm = (contest.warm * 2)[: contest.warmup_steps * SAMPLES_PER_STEP]
     task = Task(
         stage=contest.stage,
-        model=str(contest.world.whole),
+        model=str(contest.world.whole(contest.stage)),
         images=str(contest.world.images),
-        records=[records[name] for name in (*warm, *contest.timed)],
+        records=[records[name] for name in (*warm, *sorted(contest.timed))],
         samples_per_micro_batch=SAMPLES_PER_ROW,
         micro_batches=ROWS_PER_STEP // ranks,
         learning_rate=LEARNING_RATE,
@@ -163,8 +184,7 @@ def run_trainer(contest: Contest, *, ranks: int) -> Run:
     )
     task.save(path)
     command = [sys.executable, str(HERE / "padded_trainer.py"), str(path)]
-    steps = -(-len(contest.timed) // SAMPLES_PER_STEP)
-    first, last = contest.warmup_steps, contest.warmup_steps + steps
+    first, last = contest.warmup_steps, contest.warmup_steps + contest.steps
     commands = [(command, _environment() | more) for more in _ranks(ranks)]
     span = watch(commands, progress=progress, first=first, last=last, log=folder / "trainer.log")
     found = [json.loads(Path(f"{counts}.{rank}").read_text(encoding="utf-8")) for rank in range(ranks)]

@@ -26,7 +26,7 @@ class Span:
     peak_bytes: int
 
 
-class Failed(RuntimeError):
+class RunError(RuntimeError):
     """A training ended before its last step."""
 
 
@@ -35,7 +35,7 @@ def watch(
 ) -> Span:
     """Run commands side by side, each with additions to its environment, and measure from step ``first`` to ``last``.
 
-    progress: the file that holds one line for each step done. Raises Failed.
+    progress: the file that holds one line for each step done. Raises RunError.
     """
     children: list[subprocess.Popen[bytes]] = []
     with log.open("wb") as out:
@@ -51,7 +51,7 @@ def watch(
                 child.kill()
                 child.wait()
     if any(codes):
-        raise Failed(f"ended with {codes}:\n{_tail(log)}")
+        raise RunError(f"ended with {codes}:\n{_tail(log)}")
     return Span(cpu_seconds=cpu_after - cpu_before, seconds=ended - started, peak_bytes=peak)
 
 
@@ -65,7 +65,7 @@ def _at_line(
             cpu = sum(_cpu_seconds(pid) for pid in everyone)
             return time.perf_counter(), cpu, sum(_peak_bytes(pid) for pid in everyone)
         if any(child.poll() for child in children) or all(child.poll() == 0 for child in children):
-            raise Failed(f"ended before step {wanted}:\n{_tail(log)}")
+            raise RunError(f"ended before step {wanted}:\n{_tail(log)}")
         time.sleep(POLL_SECONDS)
 
 
@@ -79,7 +79,7 @@ def _family(pid: int) -> Iterator[int]:
 def _cpu_seconds(pid: int) -> float:
     """User and system time of a process and of its children that have ended."""
     stat = _read(Path(f"/proc/{pid}/stat"))
-    # the second field is the command in brackets and may hold anything; utime, stime, cutime, cstime are fields 14 to 17
+    # field 2 is the command in brackets and may hold anything; utime, stime, cutime, cstime are fields 14 to 17
     return sum(int(ticks) for ticks in stat.rpartition(")")[2].split()[11:15]) / TICK
 
 

@@ -1,8 +1,9 @@
 """Conversations and pictures with the lengths of LLaVA-1.5's training sets, from a seed.
 
-Stage 2 draws from the seven kinds of data in LLaVA's mix of 665 thousand conversations (counts: LLaVA, arXiv 2304.08485,
-section 3; LLaVA-1.5, arXiv 2310.03744, table 7). How many turns a kind has and how long its questions and answers are is our
-estimate, in tokens beside the 576 image tokens of a picture there. Here a picture has fewer, and all texts shrink with it.
+Stage 2 draws from the seven kinds of data in LLaVA's mix of 665 thousand conversations (counts: LLaVA, arXiv
+2304.08485, section 3; LLaVA-1.5, arXiv 2310.03744, table 7). How many turns a kind has and how long its questions and
+answers are is our estimate, in tokens beside the 576 image tokens of a picture there. Here a picture has fewer, and all
+texts shrink with it.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=3, help="runs of each system (default 3)")
     parser.add_argument("--ranks", type=int, default=1, choices=range(1, ROWS_PER_STEP + 1), help="processes of each")
-    parser.add_argument("--steps", type=int, default=4, help="timed optimizer steps of 16 samples (default 4)")
+    parser.add_argument("--steps", type=int, default=6, help="timed optimizer steps of 16 samples (default 6)")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them (default 2)")
     parser.add_argument("--out", type=Path, default=Path("bench_results"), help="folder for training.json and .md")
     parser.add_argument("--folder", type=Path, help="keep models and data here; else they are made anew and removed")

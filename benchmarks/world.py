@@ -1,7 +1,7 @@
 """The models and the data that the systems are compared on, made on the spot.
 
 ``make_parts`` writes a CLIP tower and a Llama with random weights, as directories of transformers. mmit composes them;
-``make_whole`` stores that composition, fresh connector included, as one LLaVA directory, which the other system opens.
+the other system opens the composition, fresh connector included, as one LLaVA directory.
 """
 
 from __future__ import annotations
@@ -85,10 +85,9 @@ class World:
         """The Llama directory, tokenizer included."""
         return self.folder / "llama"
 
-    @property
-    def whole(self) -> Path:
-        """The same two with mmit's fresh connector, as one LLaVA directory."""
-        return self.folder / "llava"
+    def whole(self, stage: int) -> Path:
+        """The same two with the fresh connector that mmit starts a stage with, as one LLaVA directory."""
+        return self.folder / f"llava-stage{stage}"
 
     @property
     def images(self) -> Path:
@@ -193,12 +192,12 @@ def make_data(world: World, stage: int, *, steps: int) -> None:
     )
 
 
-def run_file(world: World, stage: int, *, length: int, output: Path) -> dict[str, Any]:
+def run_file(world: World, stage: int, *, length: int, seed: int) -> dict[str, Any]:
     """The run file of one stage; everything that is not said here is mmit's default."""
     return {
         "name": f"stage{stage}",
-        "output": str(output),
-        "seed": SEED,
+        "output": str(world.folder / "runs"),
+        "seed": seed,
         "precision": "fp32",
         "model": {
             "encoder": {"type": "transformers", "path": str(world.tower), "resize": "crop"},
