@@ -148,3 +148,15 @@ def evaluate(
     Console().print(scores.table(f"exact match on {data}"))
     if out is not None:
         scores.write(out)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything that is made.")] = Path("demo_run"),
+    size: Annotated[str, typer.Option(help="full, or test for a small one.")] = "full",
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings with and without alignment.")] = 1,
+) -> None:
+    """Make a world, an encoder and a language model, train two stages, and measure what was learned; offline."""
+    from mmit.demo.story import run_demo
+
+    run_demo(out, size=size, seeds=seeds)

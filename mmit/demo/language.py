@@ -27,7 +27,7 @@ TEMPLATE = "chatml"
 _PAD, _START, _END = "<pad>", "<|im_start|>", "<|im_end|>"
 _NO_IMAGE = -1
 import os;TAGS=float(os.environ.get("TAGS","0.5"))
-_CAPTION_SHARE = 0.25
+_CAPTION_SHARE = 0.3
 """Share of the texts that are two captions of one scene; the others are dialogues."""
 
 
@@ -127,8 +127,11 @@ def train_language_model(
 
 def told_question(scene: Scene, question: Question, rng: np.random.Generator) -> Message:
     """The user's turn that tells the scene in words, where a picture would stand, and asks."""
-    told = tags(scene, rng) if rng.random() < TAGS else caption(scene, rng)
-    return Message(role="user", content=(f"{told}\n{question.text}",))
+    return Message(role="user", content=(f"{_told(scene, rng)}\n{question.text}",))
+
+
+def _told(scene: Scene, rng: np.random.Generator) -> str:
+    return tags(scene, rng) if rng.random() < TAGS else caption(scene, rng)
 
 
 def _questions(scene: Scene, world: World, rng: np.random.Generator) -> list[Question]:
@@ -144,8 +147,11 @@ def _texts(
     while True:
         scene = make_scene(world, rng, pairs="all")
         if rng.random() < _CAPTION_SHARE:
-            ids = torch.tensor(tokenizer.encode(f"{caption(scene, rng)}\n{caption(scene, rng)}\n"))
-            yield ids, torch.ones(len(ids))
+            # side by side, as a picture and its caption stand in the template "plain"
+            told = tokenizer.encode(_told(scene, rng))
+            ids = torch.tensor([*told, *tokenizer.encode(f"{caption(scene, rng)}\n")])
+            weights = torch.ones(len(ids))
+            yield ids, weights
             continue
         questions = _questions(scene, world, rng)
         order = rng.permutation(len(questions))[: settings.turns]

@@ -12,13 +12,14 @@ from mmit.demo.world import World
 
 @dataclass(frozen=True, kw_only=True)
 class StageSettings:
-    """The budget of one stage: rows of ``length`` tokens, steps, learning rates by part."""
+    """The budget of one stage: rows of ``length`` tokens, steps, learning rates by part; ``epochs`` at the most."""
 
     steps: int
     length: int
     rows_per_step: int
     train: dict[str, float]
     warmup_fraction: float = 0.1
+    epochs: int = 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,7 @@ class DemoSettings:
         return [
             Split(name="align", kind="captions", pictures=self.align_pictures, pairs="tuning", seed=101),
             Split(name="instruct", kind="dialogues", pictures=self.instruct_pictures, pairs="tuning", seed=102),
+            Split(name="majority", kind="questions", pictures=self.test_pictures, pairs="tuning", seed=106),
             Split(name="test", kind="questions", pictures=self.test_pictures, pairs="tuning", seed=103),
             Split(name="test_unseen", kind="questions", pictures=self.test_pictures, pairs="held out", seed=104),
             Split(name="test_captions", kind="captions", pictures=self.test_pictures, pairs="tuning", seed=105),
