@@ -82,23 +82,59 @@ def show(
 
 @app.command("check")
 def check(
-    shards: Annotated[Path, typer.Argument(metavar="SHARDS", help="A directory of shards.")],
-    decode: Annotated[bool, typer.Option("--decode", help="Decode every picture too.")] = False,
+    target: Annotated[str, typer.Argument(metavar="SHARDS|RECIPE|RUN.yaml", help="What to check.")],
+    decode: Annotated[bool, typer.Option(help="Decode every picture, not only its header.")] = True,
+    tokenizer: Annotated[str, typer.Option(help="Whose control tokens must not be in a text (a run has one).")] = "",
+    against: Annotated[list[str] | None, typer.Option(help="Shards that must not share a sample with these.")] = None,
+    tokens_per_second: Annotated[float, typer.Option(min=0, help="What is trained, for the hours of a run.")] = 0.0,
+    json: Annotated[Path | None, typer.Option("--json", help="Write the report as JSON.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write the report as a page with pictures.")] = None,
+    quarantine: Annotated[
+        bool, typer.Option("--quarantine", help="List the samples with errors in quarantine.txt: training omits them.")
+    ] = False,
     processes: Annotated[int | None, typer.Option(min=1, help="Processes; else one per core.")] = None,
 ) -> None:
-    """Read every shard and list what is wrong; exit code 1 where anything is."""
+    """Read every byte and list what is wrong. Exit code: 1 for errors, 3 for warnings at worst, else 0."""
     from rich.console import Console
 
-    from mmit.data.check import check as run
+    from mmit.train.doctor import Depth, Questions, diagnose, save, tables
 
-    report = run(shards, decode=decode, processes=processes)
-    if report.faults:
-        Console().print(report.table())
-    else:
-        typer.echo(
-            f"{shards}: {report.samples} samples, {report.images} images, {report.text_only} text-only, no faults"
-        )
-    raise typer.Exit(report.exit_code)
+    depth = Depth(decode=decode, processes=processes) if processes else Depth(decode=decode)
+    questions = Questions(
+        depth=depth, against=tuple(against or ()), tokenizer=tokenizer, tokens_per_second=tokens_per_second
+    )
+    diagnosis = diagnose(target, questions)
+    for shown in tables(diagnosis):
+        Console().print(shown)
+    for line in save(diagnosis, target, json=json, html=html, quarantined=quarantine):
+        typer.echo(line)
+    raise typer.Exit(diagnosis.exit_code)
+
+
+@app.command("stats")
+def stats(
+    shards: Shards,
+    processes: Annotated[int | None, typer.Option(min=1, help="Processes; else one per core.")] = None,
+) -> None:
+    """Print what shards are made of: turns, words, pictures and their sizes."""
+    from rich.console import Console
+
+    from mmit.data.stats import stats as run
+
+    Console().print(run(shards, processes=processes).table())
+
+
+@app.command("browse")
+def browse(
+    shards: Shards,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file.")],
+    samples: Annotated[int, typer.Option(min=1, help="How many samples, drawn at random.")] = 50,
+    seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+) -> None:
+    """Write a page of samples with their pictures, to look through in a browser."""
+    from mmit.data.browse import browse as run
+
+    typer.echo(f"{out}: {run(shards, out, samples=samples, seed=seed)} samples")
 
 
 @app.command("plan")

@@ -84,6 +84,11 @@ def open_source(path: str | Path, *, cache: Path = CACHE, cache_bytes: int = CAC
     return _not_empty(found, path)
 
 
+def one_shard(tar: Path) -> ShardSet:
+    """The samples of one tar, whatever a manifest says of it. Raises StorageError."""
+    return ShardSet(tar.stem, tar.parent, [tar], None, CACHE.expanduser() / _folder(str(tar.parent.resolve())))
+
+
 def _open_remote(url: str, cache: Path, cache_bytes: int) -> ShardSet:
     content = read_small(url + MANIFEST)
     if content is None:
@@ -182,6 +187,13 @@ class ShardSet:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._open()
+
+    @property
+    def size(self) -> int:
+        """Size of all shards."""
+        if self.manifest is not None:
+            return sum(shard.bytes for shard in self.manifest.shards)
+        return sum(tar.stat().st_size for tar in self.tars)
 
     @property
     def images(self) -> np.ndarray:

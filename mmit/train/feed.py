@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
@@ -18,20 +19,28 @@ from mmit.config import Data, RunConfig, Source, Stage
 from mmit.conversation import Conversation
 from mmit.data import (
     BadSample,
+    Choice,
     LengthTable,
     Loader,
     Plan,
     ShardSet,
+    choose,
+    draws_by_root,
+    draws_by_weight,
     draws_per_epoch,
     fit,
     load_recipe,
     make_plan,
     measure_lengths,
     open_source,
+    usable,
 )
+from mmit.data.control import ControlledSet
+from mmit.data.facts import read_facts
 from mmit.data.summary import summarize, summary_table
 from mmit.distributed import logger, rank, world_size
 from mmit.encoding import Style, encode_conversation
+from mmit.errors import DataError
 from mmit.images import ImageSpec
 from mmit.models import LoadedModel
 from mmit.templates import ChatTemplate
@@ -103,6 +112,7 @@ class Feed:
             start_step=start_step,
             max_skipped=self.stage.data.max_skipped,
             on_missing_shard=self.stage.data.on_missing_shard,
+            by_source=self.stage.log.by_source,
         )
 
 
@@ -141,15 +151,17 @@ def make_feed(config: RunConfig, stage: Stage, loaded: LoadedModel) -> Feed:
 
 def plan_stage(config: RunConfig, stage: Stage, encode: Encode) -> Plan:
     """The plan alone. Raises DataError and ConfigError."""
-    batch = stage.batch
-    sets = [open_shards(source, stage.data, beside=config.file) for source in stage.data.mix]
+    batch, data = stage.batch, stage.data
+    whole = [open_shards(source, data, beside=config.file) for source in data.mix]
+    chosen = [_chosen(shards, source, seed=config.seed) for shards, source in zip(whole, data.mix, strict=True)]
+    sets = [_controlled(shards, data, seed=config.seed) for shards in whole]
     tables = [_lengths(shards, stage, encode) for shards in sets]
-    draws = [
-        (shards, draws_per_epoch(len(shards), epochs=source.epochs, samples=source.samples))
-        for shards, source in zip(sets, stage.data.mix, strict=True)
+    taking_part = [usable(table.tokens, some) for table, some in zip(tables, chosen, strict=True)]
+    counts = [
+        len(shards) if some is None else len(some) for shards, some in zip(sets, taking_part, strict=True)
     ]
     return make_plan(
-        draws,
+        list(zip(sets, _draws(data, counts), strict=True)),
         tables,
         length=batch.length,
         rows_per_step=batch.rows_per_step,
@@ -158,21 +170,65 @@ def plan_stage(config: RunConfig, stage: Stage, encode: Encode) -> Plan:
         seed=config.seed,
         epochs=stage.epochs,
         max_steps=stage.max_steps,
+        chosen=taking_part,
+        batches=data.batches,
+        text_share=data.text_share,
     )
+
+
+def _chosen(shards: ShardSet, source: Source, *, seed: int) -> np.ndarray | None:
+    """The samples of an entry that take part. Raises DataError, also for a cap by task where no sample has a task."""
+    choice = Choice(subset=source.subset, per_task=source.per_task, limit=source.limit)
+    tasks = None
+    if source.per_task:
+        facts = read_facts(shards, progress=rank() == 0)
+        if not facts.tasks:
+            raise DataError(f"{shards.name}: per_task is set and no sample names its task in meta.task; take it out")
+        tasks = facts.task
+    return choose(shards.name, len(shards), choice, seed=seed, tasks=tasks)
+
+
+def _controlled(shards: ShardSet, data: Data, *, seed: int) -> ShardSet | ControlledSet:
+    if data.control == "none":
+        return shards
+    changed = ControlledSet(shards, data.control, seed=seed, progress=rank() == 0)
+    if changed.alone:
+        logger.warning(
+            "%s: %d samples have no partner to change with and stay as they are (control: %s)",
+            shards.name,
+            changed.alone,
+            data.control,
+        )
+    return changed
+
+
+def _draws(data: Data, counts: Sequence[int]) -> list[int]:
+    """Samples drawn from each source in one epoch; ``counts`` take part."""
+    if data.samples_per_epoch is None:
+        return [
+            draws_per_epoch(count, epochs=source.epochs, samples=source.samples)
+            for count, source in zip(counts, data.mix, strict=True)
+        ]
+    if data.sampling == "sqrt":
+        return draws_by_root(counts, data.samples_per_epoch)
+    return draws_by_weight([source.weight or 0.0 for source in data.mix], data.samples_per_epoch)
 
 
 def open_shards(source: Source, data: Data, *, beside: Path | None) -> ShardSet:
     """The shards that an entry of a mixture means; ``beside`` is the run file. Raises DataError and ConfigError."""
-    where: str | Path
-    if source.shards is not None:
-        where = source.shards
-    else:
-        assert source.recipe is not None, "the schema asks for one of the two"
-        where = load_recipe(source.recipe, beside=beside).directory
+    where = location(source, beside=beside)
     return open_source(where, cache=Path(data.cache), cache_bytes=round(data.cache_gb * 1e9))
 
 
-def _lengths(shards: ShardSet, stage: Stage, encode: Encode) -> LengthTable:
+def location(source: Source, *, beside: Path | None) -> str | Path:
+    """Where the shards of an entry of a mixture are. Raises ConfigError."""
+    if source.shards is not None:
+        return source.shards
+    assert source.recipe is not None, "the schema asks for one of the two"
+    return load_recipe(source.recipe, beside=beside).directory
+
+
+def _lengths(shards: ShardSet | ControlledSet, stage: Stage, encode: Encode) -> LengthTable:
     fingerprint = encode.fingerprint()
     table = measure_lengths(
         shards, encode.measure, fingerprint=fingerprint, max_skipped=stage.data.max_skipped, progress=rank() == 0
@@ -209,6 +265,8 @@ def summaries(config: RunConfig, stages: Sequence[str], *, ranks: int) -> Iterat
     for name in stages:
         stage = config.stages[name]
         plan = plan_stage(config, stage, make_encode(stage.data, loaded))
-        table = summary_table(summarize(plan, length=stage.batch.length, world=ranks))
+        table = summary_table(summarize(
+                plan, length=stage.batch.length, world=ranks, rows_per_micro_batch=stage.batch.rows_per_micro_batch
+            ))
         table.title = f"stage {name}: {table.title}"
         yield table

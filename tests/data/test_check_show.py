@@ -4,6 +4,7 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from data_factories import make_shards, picture, talk
@@ -12,14 +13,16 @@ from rich.console import Console
 from test_shards import write_tar
 
 from mmit.conversation import Conversation
-from mmit.data.check import Report, check
+from mmit.data.check import Depth, check
+from mmit.data.findings import Report
 from mmit.data.shards import ShardWriter
 from mmit.data.show import TRAINED, show
 from mmit.errors import DataError
 
 
-def checked(path: Path, *, decode: bool = False, processes: int = 1) -> Report:
-    return check(path, decode=decode, processes=processes, progress=False)
+def checked(path: Path, *, decode: bool = False, processes: int = 1, **more: Any) -> Report:
+    against = more.pop("against", ())
+    return check(path, Depth(decode=decode, processes=processes, progress=False, **more), against=against)
 
 
 def rewritten(tar: Path, changes: dict[str, bytes]) -> None:
@@ -31,7 +34,7 @@ def rewritten(tar: Path, changes: dict[str, bytes]) -> None:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_whole_shards_have_no_fault(tmp_path: Path, processes: int) -> None:
-    found = checked(make_shards(tmp_path, 12).directory, decode=True, processes=processes)
+    found = checked(make_shards(tmp_path, 12, lengths=range(1, 13)).directory, decode=True, processes=processes)
     assert (found.samples, found.images, found.text_only) == (12, 8, 4)
     assert (dict(found.faults), found.exit_code) == ({}, 0)
 
@@ -63,7 +66,7 @@ def test_every_fault_is_counted_and_placed(tmp_path: Path) -> None:
         "the shard is missing 1",
         "is not in the manifest 1",
         "its content is not what the manifest says (SHA-…) 2",
-        "comes in … shards 1",
+        "comes in … and … 1",
         "no image PIL can read",
     ):
         assert reason in reasons, reason
@@ -83,7 +86,7 @@ def test_faults_that_differ_in_numbers_and_names_are_one_kind(tmp_path: Path) ->
 
 
 def test_totals_that_do_not_add_up_are_a_fault(tmp_path: Path) -> None:
-    shards = make_shards(tmp_path, 3)
+    shards = make_shards(tmp_path, 3, lengths=range(1, 4))
     path = shards.directory / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["totals"]["images"] = 7
