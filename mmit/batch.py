@@ -40,6 +40,29 @@ class Encoded:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BySource:
+    """The loss of a batch by source of the mixture: who owns each label, and sums that a forward pass adds to.
+
+    source_of: (S,) int64, the source of every label that is not IGNORE, in reading order.
+    nll: (K,) float64, sum of -log p of each source; zeros before the forward pass.
+    trained_tokens: labels of each source.
+    """
+
+    source_of: Tensor
+    nll: Tensor
+    trained_tokens: tuple[int, ...]
+
+    def to(self, device: torch.device | str) -> BySource:
+        """The same with its tensors on ``device``."""
+        return replace(self, source_of=self.source_of.to(device, non_blocking=True), nll=self.nll.to(device))
+
+    def add(self, nll: Tensor, first: int) -> None:
+        """Count in -log p (C,) of the labels first, first + 1, ..."""
+        owners = self.source_of[first : first + len(nll)]
+        self.nll.index_add_(0, owners, nll.detach().to(self.nll.dtype))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Batch:
     """What one forward pass takes: B rows of T tokens, each row a concatenation of whole samples.
 
@@ -49,6 +72,7 @@ class Batch:
     trained_tokens: number of labels that are not IGNORE, kept as an int so that no device has to be asked.
     sample_ids: ids of the samples inside, for error messages and the record of what was seen.
     tokens: tokens of the samples, without padding.
+    by_source: where the loss of each source of the mixture is asked for; else None.
     """
 
     input_ids: Tensor
@@ -58,6 +82,7 @@ class Batch:
     trained_tokens: int
     sample_ids: tuple[str, ...]
     tokens: int
+    by_source: BySource | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on ``device``."""
@@ -67,6 +92,7 @@ class Batch:
             position_ids=self.position_ids.to(device, non_blocking=True),
             labels=self.labels.to(device, non_blocking=True),
             pixels=self.pixels.to(device, non_blocking=True),
+            by_source=self.by_source and self.by_source.to(device),
         )
 
     def pin_memory(self) -> Batch:
@@ -80,11 +106,19 @@ class Batch:
         )
 
 
-def collate(rows: list[list[Encoded]], *, pad_id: int, image_size: tuple[int, int]) -> Batch:
+def collate(
+    rows: list[list[Encoded]],
+    *,
+    pad_id: int,
+    image_size: tuple[int, int],
+    sources: list[list[int]] | None = None,
+    source_count: int = 0,
+) -> Batch:
     """Concatenate the samples of each row, pad rows to the longest, stack the tiles.
 
     rows: B lists of samples; an empty list gives a row of padding only.
     image_size: (H, W), used for the shape of an empty ``pixels``.
+    sources: the source of each sample, of ``source_count``; gives the batch its ``by_source``.
     """
     width = max((sum(sample.length for sample in row) for row in rows), default=0)
     width = max(width, 1)
@@ -111,4 +145,16 @@ def collate(rows: list[list[Encoded]], *, pad_id: int, image_size: tuple[int, in
         trained_tokens=int((labels != IGNORE).sum()),
         sample_ids=tuple(sample.id for row in rows for sample in row),
         tokens=sum(sample.length for row in rows for sample in row),
+        by_source=None if sources is None else _by_source(rows, sources, source_count),
+    )
+
+
+def _by_source(rows: list[list[Encoded]], sources: list[list[int]], source_count: int) -> BySource:
+    owners = torch.tensor([source for row in sources for source in row], dtype=torch.int64)
+    labels = torch.tensor([sample.trained_tokens for row in rows for sample in row], dtype=torch.int64)
+    counts = torch.zeros(source_count, dtype=torch.int64).index_add_(0, owners, labels)
+    return BySource(
+        source_of=owners.repeat_interleave(labels),
+        nll=torch.zeros(source_count, dtype=torch.float64),
+        trained_tokens=tuple(counts.tolist()),
     )

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mmit.data.faults import BadSample, SampleError, StorageError
     from mmit.data.lengths import LengthTable, fit, measure_lengths
     from mmit.data.loader import Loader, StepBatches
-    from mmit.data.mixture import Choice, choose, draws_by_root, draws_by_weight, draws_per_epoch
+    from mmit.data.mixture import Choice, choose, draws_by_root, draws_by_weight, draws_per_epoch, usable
     from mmit.data.plan import Plan, make_plan
     from mmit.data.recipe import Recipe, load_recipe
     from mmit.data.shard_set import ShardSet, open_source
@@ -25,7 +25,7 @@ _WHERE = {
     "faults": ("BadSample", "SampleError", "StorageError"),
     "lengths": ("LengthTable", "fit", "measure_lengths"),
     "loader": ("Loader", "StepBatches"),
-    "mixture": ("Choice", "choose", "draws_by_root", "draws_by_weight", "draws_per_epoch"),
+    "mixture": ("Choice", "choose", "draws_by_root", "draws_by_weight", "draws_per_epoch", "usable"),
     "plan": ("Plan", "make_plan"),
     "recipe": ("Recipe", "load_recipe"),
     "shard_set": ("ShardSet", "open_source"),
@@ -55,6 +55,7 @@ __all__ = [
     "make_plan",
     "measure_lengths",
     "open_source",
+    "usable",
 ]
 
 

@@ -6,25 +6,17 @@ computed once, in several processes, and kept beside the shards or in the cache.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import io
-import json
-import os
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 
 from mmit.conversation import Conversation, ImageRef, Message
 from mmit.data import quarantine
-from mmit.data.atomic import cannot_write, write_whole
 from mmit.data.faults import BadSample, StorageError, first_three
 from mmit.data.parallel import run, usable_cores, with_progress
-from mmit.data.shard_set import ShardSet
+from mmit.data.side_files import Table, TextSet, kept
 from mmit.errors import DataError
 
 ROW = np.dtype([("tokens", "<u4"), ("trained", "<u4"), ("images", "<u2"), ("turns", "<u2")])
@@ -75,7 +67,7 @@ class LengthTable:
 
 
 def measure_lengths(
-    shards: ShardSet,
+    shards: TextSet,
     measure: Measure,
     *,
     fingerprint: str,
@@ -105,7 +97,7 @@ def measure_lengths(
 
 def fit(
     table: LengthTable,
-    shards: ShardSet,
+    shards: TextSet,
     measure: Measure,
     *,
     fingerprint: str,
@@ -159,7 +151,7 @@ def cut_turns(conversation: Conversation, turns: int) -> Conversation:
     )
 
 
-def _without_quarantined(table: LengthTable, shards: ShardSet) -> LengthTable:
+def _without_quarantined(table: LengthTable, shards: TextSet) -> LengthTable:
     """The table with the samples in quarantine left out; broken ones among them are no longer counted as such."""
     if not len(shards.quarantined):
         return table
@@ -175,9 +167,7 @@ def _renumbered(message: Message, new: dict[int, int]) -> Message:
     return replace(message, content=content)
 
 
-def _cut(
-    shards: ShardSet, number: int, measure: Measure, length: int, images_per_row: int
-) -> tuple[int, int, int, int]:
+def _cut(shards: TextSet, number: int, measure: Measure, length: int, images_per_row: int) -> tuple[int, int, int, int]:
     """The row of a too long sample after as few turns as needed were left out; zeros where nothing fits."""
     whole = shards.read_text(number)
     for turns in range(len(whole.messages) - 1, 1, -1):
@@ -195,7 +185,7 @@ def _cut(
     return 0, 0, 0, 0
 
 
-def _compute(shards: ShardSet, measure: Measure, processes: int, *, progress: bool) -> LengthTable:
+def _compute(shards: TextSet, measure: Measure, processes: int, *, progress: bool) -> LengthTable:
     def work(start: int) -> tuple[int, np.ndarray, list[BadSample]]:
         rows = np.zeros(min(CHUNK, len(shards) - start), dtype=ROW)
         refused: list[BadSample] = []
@@ -223,53 +213,12 @@ def _compute(shards: ShardSet, measure: Measure, processes: int, *, progress: bo
     return LengthTable(rows=table, refused=tuple(sample for _, sample in sorted(bad, key=lambda pair: pair[0])))
 
 
-def _kept(shards: ShardSet, fingerprint: str, compute: Callable[[], LengthTable]) -> LengthTable:
+def _kept(shards: TextSet, fingerprint: str, compute: Callable[[], LengthTable]) -> LengthTable:
     """The table stored under a fingerprint, or the computed one, then stored."""
-    name = hashlib.sha256(fingerprint.encode()).hexdigest()[:24] + ".npz"
-    folders = [shards.directory / "lengths", shards.cache / "lengths"]
-    for folder in folders:
-        if (found := _read(folder / name)) is not None:
-            return found
-    folder = next((folder for folder in folders if _writable(folder)), None)
-    if folder is None:
-        raise DataError(f"{folders[0]} and {folders[1]}: neither can be written, and the lengths need a place")
-    with _locked(folder / f".{name}.lock"):
-        if (found := _read(folder / name)) is not None:
-            return found
+
+    def make() -> Table:
         table = compute()
-        _write(folder / name, table)
-        return table
+        return table.rows, [vars(sample) for sample in table.refused]
 
-
-def _writable(folder: Path) -> bool:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return False
-    return os.access(folder, os.W_OK)
-
-
-@contextmanager
-def _locked(path: Path) -> Generator[None]:
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _read(path: Path) -> LengthTable | None:
-    try:
-        with np.load(path) as stored:
-            rows, refused = stored["rows"], json.loads(bytes(stored["refused"]))
-    except (OSError, ValueError, KeyError, BadZipFile):
-        return None
+    rows, refused = kept(shards, fingerprint, make, dtype=ROW)
     return LengthTable(rows=rows, refused=tuple(BadSample(**sample) for sample in refused))
-
-
-def _write(path: Path, table: LengthTable) -> None:
-    content = io.BytesIO()
-    refused = json.dumps([vars(sample) for sample in table.refused]).encode()
-    np.savez(content, rows=table.rows, refused=np.frombuffer(refused, dtype=np.uint8))
-    try:
-        write_whole(path, content.getvalue())
-    except OSError as error:
-        raise cannot_write(path, error) from None

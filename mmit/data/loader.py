@@ -44,6 +44,8 @@ class Loader:
     image_size: (H, W) of a tile. max_skipped: share of the plan's samples that may be broken.
     on_missing_shard: ``skip`` takes the samples of a shard that went away for broken ones; ``error`` ends the run.
 
+    by_source: batches tell whose each label is.
+
     Iterating raises DataError above that share, for a shard that cannot be read, and for a sample whose length is not
     the one the plan was made with.
     """
@@ -61,6 +63,7 @@ class Loader:
         image_size: tuple[int, int],
         start_step: int = 0,
         max_skipped: float = 0.0,
+        by_source: bool = False,
         on_missing_shard: Literal["error", "skip"] = "error",
     ) -> None:
         assert 0 <= rank < world, f"rank {rank} of {world}"
@@ -73,6 +76,7 @@ class Loader:
         self.workers = workers
         rows_of_rank = -(-plan.rows_per_step // world)
         self.micro_batches = -(-rows_of_rank // rows_per_micro_batch)
+        self.by_source = by_source
         self._batches = _MicroBatches(self, encode, rows_per_micro_batch, pad_id, image_size)
 
     def __iter__(self) -> Iterator[StepBatches]:
@@ -141,22 +145,29 @@ class _MicroBatches(Dataset[Made]):
         step, micro_batch = divmod(index, self.loader.micro_batches)
         rows = self.loader.rows(self.loader.start_step + step, micro_batch, self.rows)
         bad: list[BadSample] = []
-        encoded: list[list[Encoded]] = []
+        made: list[list[tuple[int, Encoded]]] = []
         failure = ""
         try:
-            encoded = [self._row(row, bad) for row in rows]
+            made = [self._row(row, bad) for row in rows]
         except DataError as error:
             failure = str(error)
-        return collate(encoded, pad_id=self.pad_id, image_size=self.image_size), bad, failure
+        batch = collate(
+            [[encoded for _, encoded in row] for row in made],
+            pad_id=self.pad_id,
+            image_size=self.image_size,
+            sources=[[source for source, _ in row] for row in made] if self.loader.by_source else None,
+            source_count=len(self.loader.plan.sources),
+        )
+        return batch, bad, failure
 
-    def _row(self, row: Row, bad: list[BadSample]) -> list[Encoded]:
-        found: list[Encoded] = []
+    def _row(self, row: Row, bad: list[BadSample]) -> list[tuple[int, Encoded]]:
+        found: list[tuple[int, Encoded]] = []
         for source, number in row.samples:
             made = self._sample(source, number)
             if isinstance(made, BadSample):
                 bad.append(made)
             else:
-                found.append(made)
+                found.append((source, made))
         return found
 
     def _sample(self, source: int, number: int) -> Encoded | BadSample:

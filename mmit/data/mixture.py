@@ -7,25 +7,22 @@ depends on the tokenizer or on what else is in the mixture.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
 
+from mmit.config import SUBSET
 from mmit.data.order import hashes, key
 from mmit.errors import DataError
-
-SUBSET = re.compile(r"(first|last|random) +(\d+(?:\.\d+)?%|\d+)")
-"""``first 10%``, ``last 500``, ``random 1%``: which end, and how many or what share."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
     """Which samples of a data set take part.
 
-    subset: ``all``, or as in SUBSET; ``first`` and ``last`` go by the order of the shards.
+    subset: ``all``, or as in ``config.SUBSET``; ``first`` and ``last`` go by the order of the shards.
     per_task: at most so many of each task, 0 for all. limit: at most so many in all, 0 for all. Applied in this order,
     the last two at random.
     """
@@ -51,6 +48,16 @@ def choose(name: str, count: int, choice: Choice, *, seed: int, tasks: np.ndarra
     if choice.limit and choice.limit < len(chosen):
         chosen = chosen[_lowest(rank[chosen], choice.limit)]
     return np.sort(chosen).astype(np.uint32)
+
+
+def usable(tokens: np.ndarray, chosen: np.ndarray | None) -> np.ndarray | None:
+    """Of the chosen samples those that are not left out (0 tokens), so that as many are drawn as are asked for.
+
+    Raises DataError where none is left.
+    """
+    if chosen is None:
+        return None if tokens.all() else np.flatnonzero(tokens).astype(np.uint32)
+    return chosen[tokens[chosen] > 0]
 
 
 def draws_per_epoch(count: int, *, epochs: float = 1.0, samples: int | None = None) -> int:

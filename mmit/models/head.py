@@ -15,6 +15,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
+from mmit.batch import BySource
+
 CHUNK_ELEMENTS = 2**26
 """Logits that exist at a time: 256 MiB in fp32."""
 
@@ -33,6 +35,7 @@ class _ChunkedNll(torch.autograd.Function):
         bias: Tensor | None,
         labels: Tensor,
         with_grad: bool,
+        by_source: BySource | None,
     ) -> Tensor:
         wants = [with_grad and needed for needed in ctx.needs_input_grad[:3]]
         grad_hidden = torch.zeros_like(hidden) if wants[0] else None
@@ -44,7 +47,10 @@ class _ChunkedNll(torch.autograd.Function):
             part, target = hidden[start : start + rows], labels[start : start + rows, None]
             logits = functional.linear(part, weight, bias).float()  # (C, V)
             normalizer = logits.logsumexp(dim=1, keepdim=True)
-            total += (normalizer - logits.gather(1, target)).sum()
+            nll = normalizer - logits.gather(1, target)
+            total += nll.sum()
+            if by_source is not None:
+                by_source.add(nll[:, 0], start)
             if not any(wants):
                 continue
             # d(-log p)/d(logits) = softmax - onehot
@@ -65,18 +71,19 @@ class _ChunkedNll(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         scaled = [None if gradient is None else gradient.mul_(grad) for gradient in ctx.gradients]
         ctx.gradients = ()
-        return (*scaled, None, None)
+        return (*scaled, None, None, None)
 
 
-def labelled_nll(head: nn.Linear, hidden: Tensor, labels: Tensor) -> Tensor:
+def labelled_nll(head: nn.Linear, hidden: Tensor, labels: Tensor, by_source: BySource | None = None) -> Tensor:
     """The fp32 sum of -log p of ``labels`` (S,) given the last hidden states (S, D); 0 with gradients 0 for S = 0.
 
+    by_source: gets the sums of each source too. No further computation is needed for them.
     The head's forward is replaced for the length of one call: its weight may only be used inside it (ZeRO-3).
     """
     with_grad = torch.is_grad_enabled()
 
     def loss_instead_of_logits(states: Tensor) -> Tensor:
-        return _ChunkedNll.apply(states, head.weight, head.bias, labels, with_grad)
+        return _ChunkedNll.apply(states, head.weight, head.bias, labels, with_grad, by_source)
 
     head.__dict__["forward"] = loss_instead_of_logits
     try:

@@ -114,7 +114,7 @@ class VisionLanguageModel(nn.Module):
             use_cache=False,
         ).last_hidden_state
         head = cast("nn.Linear", self.language_model.get_output_embeddings())
-        return labelled_nll(head, hidden.view(-1, hidden.shape[-1])[places], labels[places])
+        return labelled_nll(head, hidden.view(-1, hidden.shape[-1])[places], labels[places], batch.by_source)
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits (B, T, V) at every position, by the language model's own forward."""
@@ -190,12 +190,11 @@ class VisionLanguageModel(nn.Module):
             use_cache=False,
             logits_to_keep=columns,
         ).logits  # (B, C, V)
-        return functional.cross_entropy(
-            logits.float().flatten(0, 1),
-            batch.labels[:, columns].flatten(),
-            ignore_index=IGNORE,
-            reduction="sum",
-        )
+        labels = batch.labels[:, columns].flatten()
+        nll = functional.cross_entropy(logits.float().flatten(0, 1), labels, ignore_index=IGNORE, reduction="none")
+        if batch.by_source is not None:
+            batch.by_source.add(nll[labels != IGNORE], 0)
+        return nll.sum()
 
     def _unused_in_tower(self) -> set[str]:
         """Names of the tower's parameters behind the chosen layer: no output depends on them."""

@@ -157,9 +157,10 @@ def plan_stage(config: RunConfig, stage: Stage, encode: Encode) -> Plan:
     sets = [_controlled(shards, data, seed=config.seed) for shards in whole]
     tables = [_lengths(shards, stage, encode) for shards in sets]
     taking_part = [usable(table.tokens, some) for table, some in zip(tables, chosen, strict=True)]
-    counts = [
-        len(shards) if some is None else len(some) for shards, some in zip(sets, taking_part, strict=True)
-    ]
+    counts = [len(shards) if some is None else len(some) for shards, some in zip(sets, taking_part, strict=True)]
+    for shards, count in zip(sets, counts, strict=True):
+        if not count:
+            raise DataError(f"{shards.name}: no sample of it is left to train on; take it out of data.mix")
     return make_plan(
         list(zip(sets, _draws(data, counts), strict=True)),
         tables,
@@ -265,8 +266,10 @@ def summaries(config: RunConfig, stages: Sequence[str], *, ranks: int) -> Iterat
     for name in stages:
         stage = config.stages[name]
         plan = plan_stage(config, stage, make_encode(stage.data, loaded))
-        table = summary_table(summarize(
+        table = summary_table(
+            summarize(
                 plan, length=stage.batch.length, world=ranks, rows_per_micro_batch=stage.batch.rows_per_micro_batch
-            ))
+            )
+        )
         table.title = f"stage {name}: {table.title}"
         yield table

@@ -10,7 +10,7 @@ import hashlib
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -106,7 +106,8 @@ def train_steps(
             )
         torch.manual_seed(_step_seed(seed, step.step))
         factor = schedule.factor(step.step)
-        loss, norm = _optimizer_step(step, engine, counts.trained_tokens, factor)
+        names = loader.plan.names if loader.by_source else ()
+        loss, norm, by_source = _optimizer_step(step, engine, counts.trained_tokens, factor, sources=names)
         if recorder is not None:
             recorder.add(
                 StepRecord(
@@ -122,26 +123,38 @@ def train_steps(
                     samples_digest=counts.digest,
                     seconds=time.perf_counter() - started,
                     wait_seconds=wait,
+                    loss_by_source=by_source,
                 )
             )
         after_step(step.step + 1)
     return True
 
 
-def _optimizer_step(step: StepBatches, engine: Engine, trained_tokens: int, factor: float) -> tuple[float, float]:
-    """Loss (mean over all trained tokens of all ranks) and gradient norm of one step."""
-    total = torch.zeros((), dtype=torch.float64, device=device())
+def _optimizer_step(
+    step: StepBatches, engine: Engine, trained_tokens: int, factor: float, *, sources: Sequence[str]
+) -> tuple[float, float, dict[str, float]]:
+    """Loss (mean over all trained tokens of all ranks), gradient norm, and the loss of each of ``sources``."""
+    # the sum of -log p of all, then of each source, then the trained tokens of each source: one message for all
+    sums = torch.zeros(1 + 2 * len(sources), dtype=torch.float64, device=device())
     loss = norm = math.nan
+    by_source: dict[str, float] = {}
     for number, batch in enumerate(step.batches, start=1):
-        total += engine.micro_step(batch.to(device()), trained_tokens=trained_tokens).double()
+        here = batch.to(device())
+        sums[0] += engine.micro_step(here, trained_tokens=trained_tokens).double()
+        if here.by_source is not None:
+            sums[1 : 1 + len(sources)] += here.by_source.nll
+            sums[1 + len(sources) :] += torch.tensor(here.by_source.trained_tokens, device=device())
         if number == len(step.batches):
-            loss = float(all_reduce_sum(total)) / trained_tokens
+            total, *parts = all_reduce_sum(sums).tolist()
+            loss = total / trained_tokens
+            pairs = zip(sources, parts[: len(sources)], parts[len(sources) :], strict=True)
+            by_source = {name: nll / tokens for name, nll, tokens in pairs if tokens}
             # before the update, so that the weights stay those of the last good step
             _check_finite(loss, step, "loss")
         done = engine.close_micro_step(factor=factor)
         norm = norm if done is None else done
     _check_finite(norm, step, "gradient norm")
-    return loss, norm
+    return loss, norm, by_source
 
 
 def _check_finite(value: float, step: StepBatches, what: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
@@ -20,6 +20,7 @@ class StepRecord:
     loss: mean of -log p over the trained tokens of the step, in nats.
     grad_norm: 2-norm of the gradient over all trained parameters, before clipping.
     seconds, wait_seconds: wall clock of the step, and the part of it spent waiting for data (rank 0).
+    loss_by_source: the loss over the trained tokens of each source that has any, where ``log.by_source`` asks for it.
     samples_digest: sum of 64-bit hashes of the sample ids, modulo 2**63: equal where the same samples were seen.
     """
 
@@ -35,6 +36,7 @@ class StepRecord:
     samples_digest: int
     seconds: float
     wait_seconds: float
+    loss_by_source: dict[str, float] = field(default_factory=dict)
 
 
 class Recorder:
@@ -68,7 +70,10 @@ class Recorder:
 
     def add(self, record: StepRecord) -> None:
         """Note one step."""
-        self._file.write(json.dumps(asdict(record)) + "\n")
+        line = asdict(record)
+        if not record.loss_by_source:
+            del line["loss_by_source"]
+        self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         self._losses.append((record.step, record.loss))
         self._seconds += record.seconds
@@ -157,8 +162,10 @@ def _parsed(line: str) -> dict[str, Any] | None:
 
 
 def _flat(record: StepRecord) -> dict[str, float]:
-    values = {k: v for k, v in asdict(record).items() if k not in ("step", "lr", "samples_digest")}
-    return {**values, **{f"lr/{name}": lr for name, lr in record.lr.items()}}
+    apart = ("step", "lr", "samples_digest", "loss_by_source")
+    values = {k: v for k, v in asdict(record).items() if k not in apart}
+    by_source = {f"loss/{name}": loss for name, loss in record.loss_by_source.items()}
+    return {**values, **{f"lr/{name}": lr for name, lr in record.lr.items()}, **by_source}
 
 
 def _clock(seconds: float) -> str:

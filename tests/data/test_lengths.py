@@ -9,7 +9,7 @@ import pytest
 from data_factories import make_shards, measure, picture
 
 from mmit.conversation import Conversation, ImageRef, Message
-from mmit.data import lengths
+from mmit.data import lengths, side_files
 from mmit.data.lengths import LengthTable, cut_turns, fit, measure_lengths
 from mmit.data.shard_set import ShardSet, open_source
 from mmit.data.shards import ShardWriter
@@ -51,7 +51,7 @@ def test_a_table_is_computed_once_for_each_fingerprint(tmp_path: Path, monkeypat
     first = tabled(shards)
     monkeypatch.setattr(lengths, "_compute", lambda *_, **__: pytest.fail("computed again"))
     assert tabled(shards).digest() == first.digest()
-    assert len(list((shards.directory / "lengths").glob("*.npz"))) == 1
+    assert len(list((shards.directory / "lengths").glob("*.npy"))) == 1
     with pytest.raises(pytest.fail.Exception):
         tabled(shards, fingerprint="other tokenizer")
 
@@ -85,11 +85,11 @@ def test_where_the_shards_cannot_be_written_the_table_goes_to_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards = make_shards(tmp_path, 3)
-    real = lengths._writable
-    monkeypatch.setattr(lengths, "_writable", lambda folder: shards.directory not in folder.parents and real(folder))
+    real = side_files._writable
+    monkeypatch.setattr(side_files, "_writable", lambda folder: shards.directory not in folder.parents and real(folder))
     tabled(shards)
     assert not (shards.directory / "lengths").exists()
-    assert len(list((tmp_path / "cache").rglob("*.npz"))) == 1
+    assert len(list((tmp_path / "cache").rglob("*.npy"))) == 1
 
 
 def test_samples_that_cannot_be_measured_are_left_out_listed_and_limited(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from mmit.conversation import Conversation
 from mmit.data.lengths import ROW, LengthTable
-from mmit.data.mixture import draws_per_epoch
 from mmit.data.plan import Plan, make_plan
 from mmit.data.summary import summarize, summary_table
 from mmit.errors import DataError
@@ -143,11 +142,6 @@ def test_what_changes_the_plan_changes_its_fingerprint_and_is_named(change: dict
 def test_nothing_left_to_train_on_is_an_error() -> None:
     with pytest.raises(DataError, match="s0: no sample is left to train on"):
         plan([table([0, 0])])
-
-
-def test_draws_are_whole_numbers() -> None:
-    assert [draws_per_epoch(10, epochs=e) for e in (1.0, 0.5, 2.5, 0.01)] == [10, 5, 25, 1]
-    assert draws_per_epoch(10, samples=37) == 37
 
 
 def test_the_summary_adds_up_by_hand() -> None:
