@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ class Counted:
     def __init__(self, name: str, size: int) -> None:
         self.name = name
         self.fingerprint = f"{name} {size}"
+        self.blocks: Sequence[int] = ()
         self.size = size
 
     def __len__(self) -> int:

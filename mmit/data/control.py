@@ -45,6 +45,7 @@ class ControlledSet:
         self.cache = shards.cache
         self.quarantined = shards.quarantined
         self.left_out = shards.left_out
+        self.blocks = shards.blocks
         self.control = control
         self.fingerprint = hashlib.sha256(f"{shards.fingerprint} {control} {seed} 1".encode()).hexdigest()
         self.alone = 0

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+WINDOW = 8
+"""Shards of a set behind a URL that are read at a time: a cache of twice as many fetches each about once an epoch."""
 CHUNK = 1 << 20
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -69,18 +71,23 @@ def windowed(blocks: Sequence[int], stream: np.uint64, *, window: int) -> np.nda
     return np.concatenate([part[np.argsort(mix[part], kind="stable")] for part in parts or [np.zeros(0, np.int64)]])
 
 
-def draws_of_epoch(count: int, draws: int, epoch: int, *, seed: int, source: int) -> np.ndarray:
+def draws_of_epoch(
+    count: int, draws: int, epoch: int, *, seed: int, source: int, blocks: Sequence[int] = ()
+) -> np.ndarray:
     """Which of ``count`` samples a source contributes in one epoch, in order: (draws,) uint32.
 
     The draws of successive epochs walk through one permutation after another, so over any number of epochs no sample
     is seen twice more often than another.
+    blocks: where given, samples are mixed within WINDOW of them only, as ``windowed`` does.
     """
     first = epoch * draws
     parts = []
     taken = 0
     while taken < draws:
         turn, at = divmod(first + taken, count)
-        part = permutation(count, key(seed, "order", source, turn))[at : at + draws - taken]
+        stream = key(seed, "order", source, turn)
+        whole = windowed(blocks, stream, window=WINDOW).astype(np.uint32) if blocks else permutation(count, stream)
+        part = whole[at : at + draws - taken]
         parts.append(part)
         taken += len(part)
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint32)

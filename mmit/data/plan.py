@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mmit.data.lengths import LengthTable
-from mmit.data.order import CHUNK, draws_of_epoch, interleaved, key
+from mmit.data.order import CHUNK, WINDOW, draws_of_epoch, interleaved, key
 from mmit.data.packing import best_fit
 from mmit.data.shard_set import SampleSet
 from mmit.data.steps import NO_ROW, Batches, arrange, deal, row_cost
@@ -168,7 +168,9 @@ def make_plan(
         parts={
             "version": str(VERSION),
             "data": " ".join(
-                f"{source.fingerprint} x {draws}" + ("" if some is None else f" of {_digest(some)}")
+                f"{source.fingerprint} x {draws}"
+                + ("" if some is None else f" of {_digest(some)}")
+                + (f" in windows of {WINDOW}" if source.blocks else "")
                 for (source, draws), some in zip(sources, chosen, strict=True)
             ),
             "lengths (tokenizer, template, image tokens, too_long)": " ".join(t.digest() for t in lengths),
@@ -195,7 +197,8 @@ def _order(
         sample_of = np.empty(len(source_of), dtype=np.uint32)
         for number, ((source, drawn), some) in enumerate(zip(sources, chosen, strict=True)):
             count = len(source) if some is None else len(some)
-            found = draws_of_epoch(count, drawn, epoch, seed=seed, source=number)
+            blocks = source.blocks if some is None else _chosen_of(source.blocks, some)
+            found = draws_of_epoch(count, drawn, epoch, seed=seed, source=number, blocks=blocks)
             drawn_samples = found if some is None else some[found]
             if len(sources) == 1:
                 sample_of = drawn_samples
@@ -206,6 +209,11 @@ def _order(
     if epochs == 1:
         return parts_source[0], parts_sample[0]
     return np.concatenate(parts_source), np.concatenate(parts_sample)
+
+
+def _chosen_of(blocks: Sequence[int], some: np.ndarray) -> list[int]:
+    """How many of the chosen samples lie in each block."""
+    return np.diff(np.searchsorted(some, np.cumsum([0, *blocks]))).tolist()
 
 
 def _gather(

@@ -10,6 +10,7 @@ import glob
 import hashlib
 import zlib
 from bisect import bisect_right
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,10 +36,11 @@ CACHE_BYTES = 100_000_000_000
 
 
 class SampleSet(Protocol):
-    """What plan and loader need of a data set."""
+    """What plan and loader need of a data set; blocks: see ``ShardSet``."""
 
     name: str
     fingerprint: str
+    blocks: Sequence[int]
 
     def __len__(self) -> int: ...
 
@@ -122,7 +124,8 @@ class ShardSet:
 
     name: of the data set; fingerprint: changes with any shard; directory: of the shards; cache: where what is
     computed about them goes when ``directory`` cannot be written; quarantined: the numbers of the samples that
-    ``quarantine.txt`` leaves out of training. remote, left_out: where they are fetched from, and its quarantine.txt.
+    ``quarantine.txt`` leaves out of training; blocks: samples of each shard where they are to be read some shards at a
+    time, else nothing. remote, left_out: where they are fetched from, and its quarantine.txt.
     """
 
     def __init__(
@@ -156,6 +159,7 @@ class ShardSet:
         self._files = ShardFiles(self.tars, self.remote, self.manifest.shards if self.manifest else ())
         self._starts = np.cumsum([0] + [len(rows) for rows in self._rows]).tolist()
         self.fingerprint = hashlib.sha256("\n".join(digests).encode()).hexdigest()
+        self.blocks: Sequence[int] = [len(rows) for rows in self._rows] if self.remote else ()
         where = f"{self.remote.url if self.remote else f'{self.directory}/'}{QUARANTINE}"
         rows_of = {tar.name: (self._starts[n], self._rows[n]) for n, tar in enumerate(self.tars)}
         self.quarantined = quarantine.numbers(quarantine.read(self.left_out, where=where), rows_of, where=where)

@@ -13,18 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_factories import encode, make_shards, measure, picture, talk
+from data_factories import bomb, encode, make_shards, measure, picture, talk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmit.batch import IGNORE, Encoded
 from mmit.conversation import Conversation, ImageRef, Message
+from mmit.data import shard_files
 from mmit.data.lengths import measure_lengths
 from mmit.data.loader import Loader, StepBatches
 from mmit.data.plan import Plan, make_plan
 from mmit.data.shard_set import ShardSet, open_source
 from mmit.data.shards import ShardWriter
 from mmit.errors import DataError
+from mmit.images import ImageSpec
 
 LENGTH = 24
 
@@ -185,6 +187,48 @@ def test_a_shard_that_vanishes_ends_the_run_by_name(tmp_path: Path) -> None:
     shards.tars[2].write_bytes(b"")
     with pytest.raises(DataError, match=r"shard-000002\.tar: ends before byte"):
         list(loader(made, workers=1))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_samples_of_a_shard_that_vanished_are_holes_where_asked(
+    tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_files.time, "sleep", lambda _: None)
+    shards = make_shards(tmp_path, 30)
+    made = planned(shards)
+    gone = {f"tiny/{shards.place(number)[1]}" for number in range(10, 15)}
+    shards.tars[2].unlink()
+    shards._files.close(2)
+    steps = list(loader(made, workers=workers, on_missing_shard="skip", max_skipped=0.2))
+    holes = [sample for step in steps for sample in step.skipped]
+    assert [sample.shard for sample in holes] == ["shard-000002.tar"] * 5
+    assert sorted(sample.id for sample in holes) == [f"sample {number}" for number in range(10, 15)]
+    assert sum(map(ids, steps), Counter()) == Counter({f"tiny/{n:08d}" for n in range(30)} - gone)
+    with pytest.raises(DataError, match=r"max_skipped 0\.1 allows 3; the last: shard-000002\.tar"):
+        list(loader(made, workers=workers, on_missing_shard="skip", max_skipped=0.1))
+    with pytest.raises(DataError, match=r"shard-000002\.tar: cannot be read \(No such file or directory\), tried 4"):
+        list(loader(made, workers=workers, max_skipped=0.2))
+
+
+def test_damaged_pictures_of_any_kind_are_holes(tmp_path: Path) -> None:
+    pictures = [picture(), b"", bomb(), b"GIF89a", picture(64, 64)[:300]]
+    with ShardWriter(tmp_path / "s.tar") as shard:
+        for number, image in enumerate(pictures):
+            sample = Conversation(id=f"s/{number}", messages=talk("a", "b", images=1), images=(image,), sizes=((8, 6),))
+            shard.write(f"k{number}", sample)
+        shard.finish()
+    spec = ImageSpec(size=(2, 2), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), resize="squash", tokens_per_tile=1)
+
+    def decoding(conversation: Conversation) -> Encoded:
+        pixels = torch.cat([spec.prepare(image) for image in conversation.images])
+        return replace(encode(replace(conversation, images=())), pixels=pixels)
+
+    (step,) = loader(planned(open_source(tmp_path)), encode=decoding, max_skipped=1)
+    assert sorted(step.batches[0].sample_ids) == ["s/0"]
+    reasons = {sample.key: sample.reason for sample in step.skipped}
+    assert sorted(reasons) == ["k1", "k2", "k3", "k4"]
+    assert "zero bytes" in reasons["k1"]
+    assert "pixels" in reasons["k2"]
 
 
 def test_turns_that_the_plan_leaves_out_are_left_out_of_the_batch(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The plan is a pure function, exact for any number of ranks, and no row overflows."""
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ class Named:
     def __init__(self, name: str, size: int) -> None:
         self.name = name
         self.fingerprint = f"{name} {size}"
+        self.blocks: Sequence[int] = ()
         self.size = size
 
     def __len__(self) -> int:

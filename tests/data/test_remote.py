@@ -11,11 +11,14 @@ from typing import BinaryIO
 
 import numpy as np
 import pytest
-from data_factories import make_shards
+from data_factories import encode, make_shards, measure
 from shard_server import ShardServer, serving
 
-from mmit.data import remote, shard_cache
+from mmit.data import order, remote, shard_cache
 from mmit.data.faults import MissingShardError, StorageError
+from mmit.data.lengths import measure_lengths
+from mmit.data.loader import Loader
+from mmit.data.plan import Plan, make_plan
 from mmit.data.shard_set import ShardSet, open_source
 from mmit.errors import ConfigError, DataError, MissingExtra
 
@@ -225,6 +228,35 @@ def test_room_for_transfers_in_progress_is_counted(tmp_path: Path) -> None:
     with shard_cache.locked(folder / ".b.tar.lock", note="500"):
         cache._make_room()
     assert sorted(path.name for path in folder.iterdir()) == [".a.tar.lock", ".a.tar.partial", ".b.tar.lock", "new.tar"]
+
+
+def test_training_reads_a_few_shards_at_a_time_and_fetches_each_once_an_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(order, "WINDOW", 2)
+    local = make_shards(tmp_path, 60, shard_samples=3)
+    size = max(tar.stat().st_size for tar in local.tars)
+    with serving(local.directory) as server:
+        far = opened(server, tmp_path, cache_bytes=8 * size)
+        near, windows = planned(local), planned(far)
+        assert near.fingerprint != windows.fingerprint
+        server.asked.clear()
+        loader = Loader(
+            windows, encode, rank=0, world=1, rows_per_micro_batch=1, workers=0, pad_id=0, image_size=(2, 2)
+        )
+        names = [name for step in loader for batch in step.batches for name in batch.sample_ids]
+        assert sorted(names) == [f"tiny/{number:08d}" for number in range(60)]
+        fetched = [count for name, count in server.asked.items() if name.endswith(".tar")]
+    assert len(fetched) <= 20
+    assert sum(fetched) <= 24  # 20 shards, and the few whose window lies across a shuffled stretch of steps
+    assert sum(path.stat().st_size for path in tars_in(tmp_path)) <= 8 * size
+
+
+def planned(shards: ShardSet) -> Plan:
+    table = measure_lengths(shards, measure, fingerprint="f", max_skipped=0, processes=1, progress=False)
+    return make_plan(
+        [(shards, len(shards))], [table], length=16, rows_per_step=1, packing=False, images_per_row=8, seed=0
+    )
 
 
 # ---------------------------------------------------------------------------------------- other stores
