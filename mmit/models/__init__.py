@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from mmit.models.build import build_model
     from mmit.models.load import find_model_directory, load_model, load_weights
     from mmit.models.loaded import LoadedModel
+    from mmit.models.outline import Outline, read_outline
     from mmit.models.rules import TrainGroup
     from mmit.models.save import save_model
     from mmit.models.vlm import VisionLanguageModel
 
 _WHERE = {
     "build": ("build_model",),
+    "outline": ("Outline", "read_outline"),
     "load": ("find_model_directory", "load_model", "load_weights"),
     "loaded": ("LoadedModel",),
     "rules": ("TrainGroup",),
@@ -30,12 +32,14 @@ _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names
 
 __all__ = [
     "LoadedModel",
+    "Outline",
     "TrainGroup",
     "VisionLanguageModel",
     "build_model",
     "find_model_directory",
     "load_model",
     "load_weights",
+    "read_outline",
     "save_model",
 ]
 

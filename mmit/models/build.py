@@ -43,15 +43,7 @@ def _compose(section: ComposedModel, *, dtype: torch.dtype, seed: int) -> Loaded
         dtype=dtype,
     )
     assert isinstance(connector, Connector), "build_connector checks it"
-    resize = getattr(section.encoder, "resize", "pad")
-    spec = ImageSpec(
-        size=tower.image.size,
-        mean=tower.image.mean,
-        std=tower.image.std,
-        resize=resize,
-        tokens_per_tile=connector.tokens(tower.patches),
-        exact=getattr(section.encoder, "exact_resize", False),
-    )
+    spec = image_spec(section, tower, connector)
     return LoadedModel(
         model=VisionLanguageModel(
             vision_tower=tower,
@@ -67,4 +59,16 @@ def _compose(section: ComposedModel, *, dtype: torch.dtype, seed: int) -> Loaded
         style=section.language_model.text_style,
         encoder=section.encoder.model_dump(),
         connector=section.connector.model_dump(),
+    )
+
+
+def image_spec(section: ComposedModel, tower: VisionEncoder, connector: Connector) -> ImageSpec:
+    """How pictures enter the model that is composed of these parts."""
+    return ImageSpec(
+        size=tower.image.size,
+        mean=tower.image.mean,
+        std=tower.image.std,
+        resize=getattr(section.encoder, "resize", "pad"),
+        tokens_per_tile=connector.tokens(tower.patches),
+        exact=getattr(section.encoder, "exact_resize", False),
     )

@@ -46,12 +46,12 @@ def load_model(path: Path | str, *, dtype: torch.dtype, template: str = "own") -
     names the file, or lists the tensors, that do not fit.
     """
     directory = find_model_directory(path)
-    config = _read(directory / "config.json")
-    own = _read(directory / "mmit.json") if (directory / "mmit.json").is_file() else {}
+    config = read_json(directory / "config.json")
+    own = read_json(directory / "mmit.json") if (directory / "mmit.json").is_file() else {}
     _check_kind(directory, config, own)
     tokenizer = load_tokenizer(str(directory))
     prepared = prepare_tokenizer(tokenizer)
-    image_id = _image_id(directory, config)
+    image_id = image_token(directory, config)
     if prepared.image_id != image_id:
         raise CheckpointError(
             f"{directory}: config.json has image token {image_id}, but the tokenizer's <image> is {prepared.image_id}"
@@ -70,7 +70,7 @@ def load_model(path: Path | str, *, dtype: torch.dtype, template: str = "own") -
             f"the model {rows} embeddings; they do not belong together"
         )
     read_into(frame, directory)
-    spec = _spec(directory, own, tower.image, tokens=projector.tokens(tower.patches))
+    spec = stored_spec(directory, own, tower.image, tokens=projector.tokens(tower.patches))
     return LoadedModel(
         model=VisionLanguageModel(
             vision_tower=tower,
@@ -95,8 +95,8 @@ def load_weights(model: VisionLanguageModel, path: Path | str) -> None:
     Raises CheckpointError where tensors or the way the encoder is read differ.
     """
     directory = find_model_directory(path)
-    config = _read(directory / "config.json")
-    own = _read(directory / "mmit.json") if (directory / "mmit.json").is_file() else {}
+    config = read_json(directory / "config.json")
+    own = read_json(directory / "mmit.json") if (directory / "mmit.json").is_file() else {}
     _check_kind(directory, config, own)
     tower = model.vision_tower
     if "vision_feature_layer" in config and isinstance(tower, LayeredTower):
@@ -150,8 +150,8 @@ def _check_kind(directory: Path, config: Json, own: Json) -> None:
         raise CheckpointError(f"{directory}/config.json lacks text_config, which describes the language model")
 
 
-def _image_id(directory: Path, config: Json) -> int:
-    """Both names occur in directories that transformers wrote."""
+def image_token(directory: Path, config: Json) -> int:
+    """The id of the image token. Both names occur in directories that transformers wrote."""
     for name in ("image_token_index", "image_token_id"):
         if isinstance(config.get(name), int):
             return config[name]
@@ -162,7 +162,7 @@ def _frame(directory: Path, config: Json, own: Json, *, dtype: torch.dtype) -> t
     """The three parts with unset weights, and their descriptions."""
     frame = nn.Module()
     with no_init_weights():
-        tower, encoder = _tower(directory, config, own, dtype=dtype)
+        tower, encoder = frame_tower(directory, config, own, dtype=dtype)
         language_model = frame_language_model(config["text_config"], dtype=dtype)
         description = own.get("connector") or {"type": "mlp", "depth": 2}
         frame.multi_modal_projector = build_connector(
@@ -177,7 +177,8 @@ def _frame(directory: Path, config: Json, own: Json, *, dtype: torch.dtype) -> t
     return frame, encoder, dict(description)
 
 
-def _tower(directory: Path, config: Json, own: Json, *, dtype: torch.dtype) -> tuple[Any, Json]:
+def frame_tower(directory: Path, config: Json, own: Json, *, dtype: torch.dtype) -> tuple[Any, Json]:
+    """The encoder of a model directory with unset weights, and its description. Raises CheckpointError."""
     encoder: Json = dict(own.get("encoder") or {"type": "transformers", "path": str(directory)})
     cls: Cls = "keep" if config.get("vision_feature_select_strategy") == "full" else "drop"
     if "vision_config" in config:
@@ -197,7 +198,7 @@ def _tower(directory: Path, config: Json, own: Json, *, dtype: torch.dtype) -> t
     return build_encoder(CustomPart.model_validate(encoder), dtype=dtype), encoder
 
 
-def _spec(directory: Path, own: Json, image: ImageInput, *, tokens: int) -> ImageSpec:
+def stored_spec(directory: Path, own: Json, image: ImageInput, *, tokens: int) -> ImageSpec:
     """The image spec of ``mmit.json``, or the one that the image processor of transformers amounts to."""
     if "images" in own:
         return ImageSpec.from_dict(own["images"])
@@ -214,9 +215,9 @@ def _processor(directory: Path) -> Mapping[str, Any]:
     """The image processor's settings: its own file (transformers 4), or part of ``processor_config.json`` (5)."""
     alone = directory / "preprocessor_config.json"
     if alone.is_file():
-        return _read(alone)
+        return read_json(alone)
     joined = directory / "processor_config.json"
-    if joined.is_file() and "image_processor" in (inside := _read(joined)):
+    if joined.is_file() and "image_processor" in (inside := read_json(joined)):
         return inside["image_processor"]
     raise CheckpointError(f"{directory} lacks preprocessor_config.json: the mean and std of its pixels are unknown")
 
@@ -225,7 +226,8 @@ def _from_end(layer: int, depth: int) -> int:
     return layer if layer < 0 else layer - depth - 1
 
 
-def _read(file: Path) -> Json:
+def read_json(file: Path) -> Json:
+    """A JSON file of a model directory. Raises CheckpointError."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:

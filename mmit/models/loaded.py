@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from mmit.images import ImageSpec
 from mmit.models.vlm import VisionLanguageModel
 from mmit.templates import ChatTemplate
 
@@ -31,3 +32,8 @@ class LoadedModel:
     style: Literal["hf", "llava"]
     encoder: Mapping[str, Any]
     connector: Mapping[str, Any]
+
+    @property
+    def spec(self) -> ImageSpec:
+        """How pictures enter the model."""
+        return self.model.spec

@@ -10,7 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import torch
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
@@ -42,7 +41,7 @@ from mmit.distributed import logger, rank, world_size
 from mmit.encoding import Style, encode_conversation
 from mmit.errors import DataError
 from mmit.images import ImageSpec
-from mmit.models import LoadedModel
+from mmit.models import LoadedModel, Outline
 from mmit.templates import ChatTemplate
 
 
@@ -132,12 +131,12 @@ class SkippedRecord:
                 file.write(json.dumps({"step": step, **asdict(sample)}) + "\n")
 
 
-def make_encode(data: Data, loaded: LoadedModel) -> Encode:
-    """How the samples of a stage are encoded for ``loaded``."""
+def make_encode(data: Data, loaded: LoadedModel | Outline) -> Encode:
+    """How the samples of a stage are encoded for a model."""
     template = loaded.template
     if data.template != "model":
         template = ChatTemplate.load(data.template, loaded.tokenizer)
-    return Encode(template, loaded.tokenizer, loaded.model.spec, loaded.image_id, loaded.style)
+    return Encode(template, loaded.tokenizer, loaded.spec, loaded.image_id, loaded.style)
 
 
 def make_feed(config: RunConfig, stage: Stage, loaded: LoadedModel) -> Feed:
@@ -260,9 +259,9 @@ def _lengths(shards: ShardSet | ControlledSet, stage: Stage, encode: Encode) -> 
 
 def summaries(config: RunConfig, stages: Sequence[str], *, ranks: int) -> Iterator[Table]:
     """A table for each stage: what it will read, for rich to print. Raises DataError and ConfigError."""
-    from mmit.models import build_model
+    from mmit.models import read_outline
 
-    loaded = build_model(config.model, dtype=torch.float32, seed=config.seed)
+    loaded = read_outline(config.model)
     for name in stages:
         stage = config.stages[name]
         plan = plan_stage(config, stage, make_encode(stage.data, loaded))

@@ -1,0 +1,92 @@
+"""What encoding data needs to know of a model, without the language model's weights: for plans and checks.
+
+A plan of a 7 B model would otherwise read 28 GB only to learn how many tokens a picture takes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import TypeAdapter
+from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
+
+from mmit.config import ComposedModel, WholeModel
+from mmit.config import Connector as ConnectorSection
+from mmit.errors import ConfigError
+from mmit.images import ImageSpec
+from mmit.models.build import image_spec
+from mmit.models.connectors import Connector, build_connector
+from mmit.models.encoders import VisionEncoder, build_encoder
+from mmit.models.load import find_model_directory, frame_tower, image_token, read_json, stored_spec
+from mmit.templates import ChatTemplate
+from mmit.tokenizer import load_tokenizer, prepare_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outline:
+    """How a model's samples are encoded; the same as in the ``LoadedModel`` of the same section."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: ChatTemplate
+    spec: ImageSpec
+    image_id: int
+    pad_id: int
+    style: Literal["hf", "llava"]
+
+
+def read_outline(section: ComposedModel | WholeModel) -> Outline:
+    """The outline of a run file's ``model`` section. Raises ConfigError or CheckpointError."""
+    return _of_directory(section) if isinstance(section, WholeModel) else _of_parts(section)
+
+
+def _of_parts(section: ComposedModel) -> Outline:
+    path = section.language_model.path
+    tower = build_encoder(section.encoder, dtype=torch.float32)
+    assert isinstance(tower, VisionEncoder), "build_encoder checks it"
+    try:
+        config: Any = AutoConfig.from_pretrained(path).get_text_config()
+    except (OSError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise ConfigError(
+            f"model.language_model.path: {path} cannot be read as a causal language model: {first}"
+        ) from error
+    connector = _connector(section.connector, tower, config.hidden_size)
+    prepared = prepare_tokenizer(load_tokenizer(path))
+    return Outline(
+        tokenizer=prepared.tokenizer,
+        template=ChatTemplate.load(section.language_model.template, prepared.tokenizer),
+        spec=image_spec(section, tower, connector),
+        image_id=prepared.image_id,
+        pad_id=prepared.pad_id,
+        style=section.language_model.text_style,
+    )
+
+
+def _of_directory(section: WholeModel) -> Outline:
+    directory = find_model_directory(section.path)
+    config = read_json(directory / "config.json")
+    own = read_json(directory / "mmit.json") if (directory / "mmit.json").is_file() else {}
+    prepared = prepare_tokenizer(load_tokenizer(str(directory)))
+    with no_init_weights():
+        tower, _ = frame_tower(directory, config, own, dtype=torch.float32)
+    text = dict(config.get("text_config", {}))
+    text_config: Any = AutoConfig.for_model(text.pop("model_type", "llama"), **text)
+    described = TypeAdapter(ConnectorSection).validate_python(own.get("connector") or {"type": "mlp", "depth": 2})
+    connector = _connector(described, tower, text_config.hidden_size)
+    return Outline(
+        tokenizer=prepared.tokenizer,
+        template=ChatTemplate.load(section.template, prepared.tokenizer),
+        spec=stored_spec(directory, own, tower.image, tokens=connector.tokens(tower.patches)),
+        image_id=image_token(directory, config),
+        pad_id=prepared.pad_id,
+        style=own.get("text_style", "hf"),
+    )
+
+
+def _connector(section: ConnectorSection, tower: VisionEncoder, width_out: int) -> Connector:
+    made = build_connector(section, width_in=tower.width, width_out=width_out, seed=0, dtype=torch.float32)
+    assert isinstance(made, Connector), "build_connector checks it"
+    return made
