@@ -1,11 +1,13 @@
 """The run file: typed, strict, all mistakes at once."""
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
-from mmit.config import Batching, ComposedModel, CustomPart, WholeModel, load_config, parse_count
+from mmit.config import Batching, ComposedModel, CustomPart, Data, WholeModel, load_config, parse_count
 from mmit.config_file import json_schema, parse, resolved_yaml
 from mmit.errors import ConfigError
 
@@ -108,6 +110,39 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load_config(tmp_path / "nowhere.yaml")
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("seed=true", "true is no number"),
+        ("stages.align.epochs=1000000000000", "less than or equal to 10000"),
+        ("stages.align.train.connector=.inf", "finite number"),
+        ("stages.align.optim.betas=[1, 1]", "less than 1"),
+        ("seed=99999999999999999999999999", "less than"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(override: str, words: str) -> None:
+    assert words in mistakes(RUN, override)[1]
+
+
+@pytest.mark.parametrize("value", ["2020-13-45", "{{ name }}", "!!int abc", "[" * 3000, "1" * 5000])
+def test_what_yaml_itself_stumbles_over_is_one_sentence(value: str) -> None:
+    assert mistakes(f"name: {value}")[0].startswith("run.yaml:")
+
+
+def test_merge_keys_work() -> None:
+    merged = RUN.replace(
+        "batch: {length: 2048, tokens_per_step: 160k}", "batch: &b {length: 2048, tokens_per_step: 160k}"
+    )
+    merged = merged.replace("batch: {length: 4096, tokens_per_step: 160k}", "batch: {<<: *b, length: 4096}")
+    batch = parse(merged, source="run.yaml", overrides=[]).stages["instruct"].batch
+    assert (batch.length, batch.tokens_per_step) == (4096, 163840)
+
+
+def test_an_output_folder_may_hold_braces() -> None:
+    config = parse(RUN, source="", overrides=["output=runs/{name}/{x}"])
+    assert config.folder == Path("runs/tiny/{x}")
+
+
 def test_a_stage_cannot_start_from_a_later_one() -> None:
     assert mistakes(RUN, "stages.align.init_from=instruct")[1] == (
         "  stages.align.init_from: 'instruct' is not a stage before it"
@@ -171,3 +206,30 @@ def test_yaml_no_and_numbers_stay_what_the_schema_says() -> None:
     assert yaml.safe_load("2e-5") == "2e-5"  # the trap: YAML 1.1 reads a string
     config = parse(RUN, source="", overrides=["seed=7", "stages.align.log.tensorboard=no"])
     assert (config.seed, config.stages["align"].log.tensorboard) == (7, False)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"mix": [{"shards": "a", "weight": 1, "samples": 3}]}, "give only one of 'epochs', 'samples' and 'weight'"),
+        ({"mix": [{"shards": "a", "weight": 1}, {"shards": "b"}], "samples_per_epoch": 9}, "give all of them one"),
+        ({"mix": [{"shards": "a", "weight": 1}]}, "share out 'samples_per_epoch', which is missing"),
+        ({"mix": [{"shards": "a"}], "sampling": "sqrt"}, "share out 'samples_per_epoch', which is missing"),
+        ({"mix": [{"shards": "a"}], "samples_per_epoch": 9}, "and there are none"),
+        ({"mix": [{"shards": "a", "epochs": 2}], "sampling": "sqrt", "samples_per_epoch": 9}, "sqrt decides the draws"),
+        ({"mix": [{"shards": "a", "subset": "some 10%"}]}, "'some 10%' is none of all, first N"),
+        ({"mix": [{"shards": "a", "subset": "first 110%"}]}, "'first 110%' is none of all"),
+        ({"mix": [{"shards": "a", "subset": "last 0"}]}, "'last 0' is none of all"),
+        ({"mix": [{"shards": "a"}], "text_share": 0.5}, "'text_share' belongs to batches: paired"),
+    ],
+)
+def test_draws_that_contradict_each_other_are_refused(data: dict, said: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(said)):
+        Data.model_validate(data)
+
+
+def test_a_mixture_by_weight_with_subsets_is_understood() -> None:
+    capped = {"recipe": "b", "weight": 1, "per_task": 10, "limit": 5}
+    mix = [{"shards": "a", "weight": 3, "subset": "random 1%"}, capped]
+    data = Data.model_validate({"mix": mix, "samples_per_epoch": 100})
+    assert [source.weight for source in data.mix] == [3, 1]

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -80,17 +81,29 @@ def test_the_steps_are_the_same_for_any_number_of_ranks(plan: Plan, world: int, 
     assert global_steps(plan, world, rows_per_micro_batch=rows) == global_steps(plan, 1)
 
 
-@settings(max_examples=8, deadline=None)
-@given(stops=st.lists(st.tuples(st.integers(0, 99), st.integers(1, 4)), max_size=3))
-def test_stopping_anywhere_and_going_on_with_another_world_changes_nothing(
-    plan: Plan, stops: list[tuple[int, int]]
+LEGS = st.lists(
+    st.tuples(st.integers(1, 6), st.integers(1, 5), st.integers(1, 3), st.integers(0, 9).map(lambda k: int(k == 0))),
+    min_size=1,
+    max_size=6,
+)
+"""Steps until the run is stopped, its ranks, its rows in a micro-batch, its workers (now and then one)."""
+
+
+@settings(max_examples=25, deadline=None)
+@given(legs=LEGS)
+def test_stopping_anywhere_and_going_on_with_other_ranks_workers_and_accumulation_changes_nothing(
+    plan: Plan, legs: list[tuple[int, int, int, int]]
 ) -> None:
-    whole = global_steps(plan, 1)
     found: list[Counter[str]] = []
-    for stop, world in [*sorted((at % plan.steps, world) for at, world in stops), (plan.steps, 2)]:
-        rest = global_steps(plan, world, start_step=len(found))
-        found += rest[: stop - len(found)]
-    assert found == whole
+    while len(found) < plan.steps:
+        steps, world, rows, workers = legs[len(found) % len(legs)]
+        more = {"rows_per_micro_batch": rows, "workers": workers, "start_step": len(found)}
+        ranks = [list(islice(loader(plan, rank, world, **more), steps)) for rank in range(world)]
+        found += [sum((ids(step) for step in together), Counter()) for together in zip(*ranks, strict=True)]
+    name = plan.sources[0].place
+    for step, seen in enumerate(found):
+        assert seen == Counter(f"tiny/{name(n)[1]}" for row in plan.step(step) for _, n in row.samples)
+    assert sum(found, Counter()) == {f"tiny/{number:08d}": 2 for number in range(90)}
 
 
 def test_workers_change_nothing(plan: Plan) -> None:

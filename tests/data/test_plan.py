@@ -1,7 +1,11 @@
 """The plan is a pure function, exact for any number of ranks, and no row overflows."""
 
+import json
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -178,3 +182,52 @@ def test_the_useful_share_of_llava_like_lengths() -> None:
             images_per_row=64,
         )
         assert summarize(made, length=length, world=8).useful > bar
+
+
+def test_a_hundred_thousand_samples_are_planned_in_a_process_that_stays_small() -> None:
+    # the bars are ten times what an idle core needs; benchmarks/plan.py tells the figures at ten millions
+    script = Path(__file__).parents[2] / "benchmarks" / "plan.py"
+    done = subprocess.run([sys.executable, script, "--start-up", "100000"], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert found["cpu"] < 3
+    assert found["peak"] - found["before"] < 50  # MiB
+    assert found["plan"] < 100_000 * 11 / 2**20  # six bytes for a draw, and the rows
+
+
+def test_pure_and_paired_steps_hold_what_they_say() -> None:
+    tables = [table([60, 30, 20] * 20, images=[1] * 60), table([50] * 40)]
+    pure = plan(tables, batches="pure")
+    for step in range(pure.steps):
+        assert len({row.images > 0 for row in pure.step(step) if row.samples}) == 1
+    paired = plan(tables, batches="paired")
+    for step in range(paired.steps - 1):
+        assert len({row.images > 0 for row in paired.step(step)}) == 2
+    for made in (pure, paired):
+        assert set(seen(made).values()) == {1}
+        assert all(len({s for s, _ in row.samples}) <= 1 for k in range(made.steps) for row in made.step(k))
+        assert made.samples == 100
+        assert made.rows == sum(bool(row.samples) for k in range(made.steps) for row in made.step(k))
+    assert len({pure.fingerprint, paired.fingerprint, plan(tables).fingerprint}) == 3
+
+
+def test_only_chosen_samples_are_drawn_and_as_often_as_asked_for() -> None:
+    some = np.array([1, 3, 5], dtype=np.uint32)
+    made = plan([table([10] * 8)], draws=[4], epochs=3, chosen=[some])
+    assert seen(made) == {(0, 1): 4, (0, 3): 4, (0, 5): 4}
+    assert made.fingerprint != plan([table([10] * 8)], draws=[4], epochs=3).fingerprint
+
+
+def test_data_sets_of_one_name_are_told_apart() -> None:
+    made = plan([table([10] * 3), table([10] * 3), table([10] * 3)])
+    for source, name in zip(made.sources, ("a", "b", "a"), strict=True):
+        source.name = name
+    assert made.names == ("a#1", "b", "a#2")
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5, 8])
+def test_ranks_share_every_step_and_its_cost(world: int) -> None:
+    made = plan([table([n % 97 + 1 for n in range(600)], images=[n % 3 for n in range(600)])], rows_per_step=8)
+    for step in range(made.steps):
+        parts = [made.step_of_rank(step, rank=rank, world=world) for rank in range(world)]
+        together = sorted(row.samples for part in parts for row in part if row.samples)
+        assert together == sorted(row.samples for row in made.step(step) if row.samples)
