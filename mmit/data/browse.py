@@ -37,8 +37,8 @@ def browse(source: str | Path, out: Path, *, samples: int = 50, seed: int = 0) -
 
 
 def save_page(out: Path, text: str) -> None:
-    """Write a page whole or not at all. Raises DataError."""
+    """Write a page whole or not at all; halves of surrogate pairs in it become question marks. Raises DataError."""
     try:
-        write_whole(out, text.encode("utf-8"))
+        write_whole(out, text.encode("utf-8", errors="replace"))
     except OSError as error:
         raise cannot_write(out, error) from None

@@ -61,7 +61,7 @@ def write(directory: Path, entries: Sequence[Entry]) -> Path:
         for _, e in sorted(merged.items(), key=lambda pair: pair[0])
     ]
     try:
-        write_whole(path, (_HEAD + "".join(lines)).encode("utf-8"))
+        write_whole(path, (_HEAD + "".join(lines)).encode("utf-8", errors="replace"))
     except OSError as error:
         raise cannot_write(path, error) from None
     return path

@@ -29,6 +29,7 @@ TIMEOUT = 30.0
 """Seconds without a byte after which an attempt has failed."""
 CHUNK = 1 << 20
 
+_PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
 _NOT_THERE = (404, 410)
 _RANGE_NOT_SATISFIABLE = 416
 
@@ -149,7 +150,9 @@ def _fsspec_stream(url: str, start: int) -> Generator[BinaryIO]:
     try:
         system, path = url_to_fs(url)
     except ImportError as error:
-        raise MissingExtra(protocol, "remote", f"reading {url}") from error
+        if protocol not in _PACKAGES:
+            raise ConfigError(f"{url}: {error}") from error
+        raise MissingExtra(_PACKAGES[protocol], "remote", f"reading {url}") from error
     except ValueError as error:
         raise ConfigError(f"{url}: '{protocol}' is no protocol that fsspec knows ({error})") from None
     try:

@@ -8,7 +8,6 @@ from json import dumps
 from pathlib import Path
 
 import numpy as np
-import torch
 import yaml
 from rich.markup import escape
 from rich.table import Table
@@ -17,6 +16,7 @@ from mmit.config import Batching, RunConfig, load_config
 from mmit.data import ShardSet, load_recipe, measure_lengths, quarantine
 from mmit.data.browse import save_page
 from mmit.data.check import Depth, check
+from mmit.data.control import ControlledSet
 from mmit.data.examine import Control
 from mmit.data.findings import Diagnosis, Prediction, Report
 from mmit.data.page import diagnosis_page
@@ -24,6 +24,7 @@ from mmit.data.plan import Plan
 from mmit.data.remote import is_remote
 from mmit.data.summary import summarize
 from mmit.errors import DataError, MmitError
+from mmit.models import read_outline
 from mmit.tokenizer import control_tokens, load_tokenizer
 from mmit.train.feed import Encode, location, make_encode, plan_stage
 
@@ -108,10 +109,8 @@ def _shards(target: str) -> str | Path:
 
 
 def _diagnose_run(config: RunConfig, questions: Questions) -> Diagnosis:
-    from mmit.models import build_model
-
-    loaded = build_model(config.model, dtype=torch.float32, seed=config.seed)
-    control = Control(control_tokens(loaded.tokenizer), "error")
+    outline = read_outline(config.model)
+    control = Control(control_tokens(outline.tokenizer), "error")
     reports: dict[str, Report] = {}
     predictions = []
     for name, stage in config.stages.items():
@@ -125,7 +124,7 @@ def _diagnose_run(config: RunConfig, questions: Questions) -> Diagnosis:
             where = location(source, beside=config.file)
             if str(where) not in reports:
                 reports[str(where)] = check(where, depth, against=questions.against)
-        encode = make_encode(stage.data, loaded)
+        encode = make_encode(stage.data, outline)
         try:
             plan = plan_stage(config, stage, encode)
         except MmitError as error:
@@ -139,7 +138,7 @@ def predict(stage: str, plan: Plan, encode: Encode, batch: Batching, *, tokens_p
     """What a plan amounts to; the lengths are those before anything was cut."""
     raw, dropped, cut, refused = [], 0, 0, 0
     for source, fitted in zip(plan.sources, plan.tables, strict=True):
-        assert isinstance(source, ShardSet), "plans of stages read shards"
+        assert isinstance(source, ShardSet | ControlledSet), "plans of stages read shards"
         table = measure_lengths(source, encode.measure, fingerprint=encode.fingerprint(), max_skipped=1, progress=False)
         raw.append(table.tokens[table.tokens > 0])
         dropped += int(((table.tokens > 0) & (fitted.tokens == 0)).sum())

@@ -12,6 +12,7 @@ import yaml
 from data_factories import encode, llava_record, make_shards, measure, picture, talk, write_source
 from model_factories import tiny_model_section
 from shard_server import serving
+from test_shards import write_tar
 from typer.testing import CliRunner
 
 from mmit.cli_data import app
@@ -324,6 +325,16 @@ def test_a_report_has_pictures_of_what_it_is_about(tmp_path: Path) -> None:
     assert Tags(page).tags.count("img") == 2
     assert "a&lt;b&gt;" in page
     assert "8-15" in page
+
+
+def test_text_that_is_no_unicode_can_still_be_reported(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "half \ud800"}]
+    write_tar(tmp_path / "a" / "s.tar", {"x.json": json.dumps({"messages": turns}).encode()})
+    diagnosis = Diagnosis([check(tmp_path / "a", QUIET)])
+    assert diagnosis.exit_code == 1
+    assert list(save(diagnosis, "t", json=tmp_path / "r.json", html=tmp_path / "r.html", quarantined=True))
+    assert json.loads((tmp_path / "r.json").read_text())["exit_code"] == 1
 
 
 def test_stats_are_those_of_the_samples(tmp_path: Path) -> None:

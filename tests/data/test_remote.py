@@ -286,8 +286,10 @@ def test_a_store_whose_package_is_missing_names_the_extra(tmp_path: Path, monkey
         raise ImportError("Install s3fs to access S3")
 
     monkeypatch.setattr(core, "url_to_fs", missing)
-    with pytest.raises(MissingExtra, match=r"pip install 'mmit\[remote\]'"):
+    with pytest.raises(MissingExtra, match=r"needs the package 's3fs': pip install 'mmit\[remote\]'"):
         open_source("s3://bucket/set", cache=tmp_path)
+    with pytest.raises(ConfigError, match=r"abfs://bucket/set/.*: Install s3fs"):
+        open_source("abfs://bucket/set", cache=tmp_path)
 
 
 def test_a_file_url_is_a_local_path(local: ShardSet) -> None:
