@@ -36,13 +36,15 @@ PICTURE_SIZE = 96
 
 _SUPERSAMPLING = 3
 _OUTLINE = (25, 25, 25)
-_PAIRS = (((0.27, 0.5), (0.73, 0.5)), ((0.5, 0.27), (0.5, 0.73)))
-_TRIPLES = (((0.27, 0.28), (0.73, 0.28), (0.5, 0.73)), ((0.27, 0.72), (0.73, 0.72), (0.5, 0.27)))
+_PAIRS = (((0.25, 0.5), (0.75, 0.5)), ((0.5, 0.25), (0.5, 0.75)))
+_TRIPLES = (((0.25, 0.26), (0.75, 0.26), (0.5, 0.74)), ((0.25, 0.74), (0.75, 0.74), (0.5, 0.26)))
+# no two shapes touch: centres are at least 0.5 - 2 x jitter apart, and no shape reaches beyond 1.1 x 1.05 half-widths
 _HALF_WIDTHS = {
-    "one": {"small": 0.17, "large": 0.27},
-    "two": {"small": 0.15, "large": 0.22},
-    "three": {"small": 0.14, "large": 0.21},
+    "one": {"small": 0.16, "large": 0.26},
+    "two": {"small": 0.135, "large": 0.195},
+    "three": {"small": 0.135, "large": 0.195},
 }
+_JITTER = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +122,8 @@ def draw(scene: Scene, rng: np.random.Generator) -> Image.Image:
     pen = ImageDraw.Draw(image)
     half_width = side * _HALF_WIDTHS[scene.count][scene.size]
     for centre in _centres(scene, rng):
-        x, y = (side * (c + rng.uniform(-0.03, 0.03)) for c in centre)
-        radius = half_width * rng.uniform(0.94, 1.06)
+        x, y = (side * (c + rng.uniform(-_JITTER, _JITTER)) for c in centre)
+        radius = half_width * rng.uniform(0.95, 1.05)
         corners = [(x + radius * u, y + radius * v) for u, v in _corners(scene.shape, rng.uniform(-0.12, 0.12))]
         pen.polygon(corners, fill=_shade(COLOURS[scene.colour], rng), outline=_OUTLINE, width=2 * _SUPERSAMPLING)
     return image.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.BOX)
@@ -147,7 +149,7 @@ def _corners(shape: str, angle: float) -> list[tuple[float, float]]:
     elif shape == "triangle":
         points = [(0.0, -1.0), (1.05, 0.85), (-1.05, 0.85)]
     elif shape == "star":
-        tips, notches = _ring(5, 1.15), _ring(5, 0.48, offset=0.5)
+        tips, notches = _ring(5, 1.1), _ring(5, 0.48, offset=0.5)
         points = [point for pair in zip(tips, notches, strict=True) for point in pair]
     else:
         assert shape == "cross", shape
