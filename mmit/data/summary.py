@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from mmit.data.plan import Plan
@@ -89,6 +91,9 @@ def summary_table(summary: Summary) -> Table:
             f"{share.tokens / total:.1%}",
             *(f"{count:,}" for count in counts),
         )
+    # as wide as its content, also where the output is a pipe, which rich takes for 80 columns
+    wide = Console(width=1000)
+    table.width = Measurement.get(wide, wide.options, table).maximum
     return table
 
 
