@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from mmit import __version__, cli_data
-from mmit.errors import ConfigError, MmitError
+from mmit.errors import ConfigError, MmitError, OtherRankFailed
 
 app = typer.Typer(
     help="Compose a vision-language model, teach it in stages, and know that it is right.",
@@ -37,6 +37,8 @@ def main() -> None:
     except MmitError as error:
         from mmit.train.launch import note_error
 
+        if isinstance(error, OtherRankFailed):
+            sys.exit(error.exit_code)
         if not note_error(str(error)):
             print(f"error: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(error.exit_code)

@@ -35,14 +35,28 @@ def parse_count(value: object) -> object:
     return value
 
 
+MANY = 10_000
+"""Most epochs; a typing mistake beyond it would plan for ever."""
+
 Count = Annotated[PositiveInt, BeforeValidator(parse_count)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Section(BaseModel):
     """What all sections share: frozen, no unknown keys, docstrings under fields are their documentation."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _true_is_no_number(cls, content: object) -> object:
+        """YAML's yes, no, true and false would pass as 1 and 0."""
+        if isinstance(content, dict):
+            for name, field in cls.model_fields.items():
+                if isinstance(content.get(name), bool) and field.annotation in (int, float):
+                    raise ValueError(f"{name}: {str(content[name]).lower()} is no number")
+        return content
 
 
 # ------------------------------------------------------------------------------------------------ model
@@ -181,9 +195,9 @@ class Source(Section):
     """Name of a file in data_recipes/, or the path of one."""
     shards: str | None = None
     """Directory of shards (or of any webdataset tars)."""
-    epochs: PositiveFloat = 1.0
+    epochs: Annotated[float, Field(gt=0, le=MANY)] = 1.0
     """How often each sample is seen in one epoch of the stage; 0.5 is every second one."""
-    samples: PositiveInt | None = None
+    samples: Annotated[int, Field(ge=1, le=10**9)] | None = None
     """Instead of ``epochs``: how many samples are drawn in one epoch of the stage."""
     weight: PositiveFloat | None = None
     """Instead of ``epochs``: share of ``data.samples_per_epoch``; all sources of the mixture have one, or none."""
@@ -247,7 +261,6 @@ class Data(Section):
     cache_gb: PositiveFloat = 100.0
     """Most gigabytes (10^9 bytes) of shards from URLs in ``cache``; the least recently used make room."""
 
-
     @model_validator(mode="after")
     def _draws_are_stated_once(self) -> Data:
         weights = [source.weight is not None for source in self.mix]
@@ -293,7 +306,8 @@ class Batching(Section):
             below, above = rows * self.length, (rows + 1) * self.length
             near = f"{below} or {above}" if below else str(above)
             raise ValueError(
-                f"tokens_per_step {self.tokens_per_step} = {rows} rows x length {self.length} + {rest} left over; take {near}"
+                f"tokens_per_step {self.tokens_per_step} = {rows} rows x length {self.length} "
+                f"+ {rest} left over; take {near}"
             )
         if rows % self.rows_per_micro_batch:
             raise ValueError(
@@ -317,7 +331,7 @@ class Optim(Section):
     """Where the schedule ends, as a share of the peak."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """Applied to matrices only; biases, norms and embeddings are left out."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
     clip_norm: Annotated[float, Field(ge=0.0)] = 1.0
     """Largest norm of the gradient over all trained parameters; 0 does not clip."""
@@ -364,7 +378,7 @@ class Stage(Section):
     Later rules win; 0 freezes."""
     data: Data
     batch: Batching
-    epochs: PositiveInt = 1
+    epochs: Annotated[int, Field(ge=1, le=MANY)] = 1
     """Passes over the mixture."""
     max_steps: PositiveInt | None = None
     """End earlier; the schedule is that of the shorter run."""
@@ -403,8 +417,8 @@ class RunConfig(Section):
     name: str
     """Name of the run; letters, digits, '.', '_' and '-'."""
     output: str = "runs/{name}"
-    """Folder of the run; one folder per stage inside."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    """Folder of the run, ``{name}`` being its name; one folder per stage inside."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """``auto`` is bf16 on an accelerator and fp32 on CPU."""
     model: Model
@@ -424,9 +438,7 @@ class RunConfig(Section):
     def _stage_names(cls, stages: dict[str, Stage]) -> dict[str, Stage]:
         for name in stages:
             if not NAME.fullmatch(name) or name == "parts":
-                raise ValueError(
-                    f"'{name}' cannot name a stage: letters, digits, '.', '_' and '-', and not 'parts'"
-                )
+                raise ValueError(f"'{name}' cannot name a stage: letters, digits, '.', '_' and '-', and not 'parts'")
         return stages
 
     @model_validator(mode="after")
@@ -452,7 +464,7 @@ class RunConfig(Section):
     @property
     def folder(self) -> Path:
         """The folder of the run."""
-        return Path(self.output.format(name=self.name))
+        return Path(self.output.replace("{name}", self.name))
 
     def stage_folder(self, stage: str) -> Path:
         """The folder of one stage."""

@@ -32,12 +32,12 @@ def parse(text: str, *, source: str, overrides: list[str]) -> RunConfig:
     """The checked content of a YAML text; ``source`` names it in messages. Raises ConfigError."""
     try:
         content = yaml.load(text, Loader=_UniqueKeys)  # noqa: S506  (a SafeLoader that refuses repeated keys)
+    except (ValueError, RecursionError) as error:  # a date such as 2020-13-45, a number of 5000 digits, a deep nest
+        raise ConfigError(f"{source}: is not YAML that can be read: {' '.join(str(error).split())[:120]}") from None
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         place = f" line {where.line + 1} column {where.column + 1}" if where else ""
-        raise ConfigError(
-            f"{source}:{place} is not YAML: {getattr(error, 'problem', None) or error}"
-        ) from None
+        raise ConfigError(f"{source}:{place} is not YAML: {getattr(error, 'problem', None) or error}") from None
     if not isinstance(content, dict):
         raise ConfigError(
             f"{source}: a run file holds keys such as name, model and stages, not a bare {type(content).__name__}"
@@ -68,7 +68,12 @@ class _UniqueKeys(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str | int | float | None):
+                place = key_node.start_mark
+                raise yaml.constructor.ConstructorError(None, None, "a key is a word, not a list or mapping", place)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key '{key}' is given twice", key_node.start_mark
@@ -93,7 +98,7 @@ def _apply(content: dict[str, Any], override: str) -> None:
         here = _step_into(here, name, ".".join(parents[: depth + 1]))
     try:
         parsed = yaml.load(value, Loader=_UniqueKeys)  # noqa: S506
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise ConfigError(f"override '{override}': the value is not YAML") from None
     if isinstance(here, list):
         here[_position(here, last, key)] = parsed
@@ -109,7 +114,7 @@ def _step_into(here: Any, name: str, path: str) -> Any:  # noqa: ANN401  (a YAML
 
 
 def _position(here: list[Any], name: str, path: str) -> int:
-    if not name.isdigit() or int(name) >= len(here):
+    if not name.isdecimal() or int(name) >= len(here):
         raise ConfigError(f"override: '{path}' needs a number below {len(here)}, the entries of that list")
     return int(name)
 
@@ -150,11 +155,7 @@ def _keys_at(location: tuple[int | str, ...]) -> set[str]:
     for part in location:
         branches = _branches(annotation)
         annotation = branches[part] if part in branches else _below(annotation, part)
-    return (
-        set(annotation.model_fields)
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel)
-        else set()
-    )
+    return set(annotation.model_fields) if isinstance(annotation, type) and issubclass(annotation, BaseModel) else set()
 
 
 def _branches(annotation: Any) -> dict[int | str, Any]:  # noqa: ANN401  (a type expression)

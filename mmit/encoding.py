@@ -11,7 +11,7 @@ so that a Llama tokenizer puts a space token after each image.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -126,17 +126,23 @@ def show_tokens(encoded: Encoded, tokenizer: PreTrainedTokenizerBase, *, image_i
 
 @dataclass(frozen=True)
 class _Habits:
-    """start_ids: what the tokenizer puts in front of a text. swallows_space: it reads " a" as it reads "a"."""
+    """start_ids: what the tokenizer puts in front of a text. swallows_space: it reads " a" as it reads "a".
+
+    swallowing: control tokens that take the white space beside them with them, and their text.
+    """
 
     start_ids: tuple[int, ...]
     swallows_space: bool
+    swallowing: Mapping[int, str]
 
 
 @lru_cache(maxsize=8)
 def _habits(tokenizer: PreTrainedTokenizerBase) -> _Habits:
     start = tuple(tokenizer.encode("")[:1])
     letter, spaced = (tokenizer.encode(text, add_special_tokens=False) for text in ("a", " a"))
-    return _Habits(start if start == (tokenizer.bos_token_id,) else (), letter == spaced)
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    swallowing = {token: str(found.content) for token, found in added.items() if found.lstrip or found.rstrip}
+    return _Habits(start if start == (tokenizer.bos_token_id,) else (), letter == spaced, swallowing)
 
 
 def _begins_with_start(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -168,7 +174,8 @@ def _whole(text: _Text, tokenizer: PreTrainedTokenizerBase, _: int) -> tuple[lis
     if not text.text:
         return [], []
     found = tokenizer(text.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids, offsets = found["input_ids"], found["offset_mapping"]
+    ids = found["input_ids"]
+    offsets = _without_swallowed_space(text.text, ids, found["offset_mapping"], tokenizer)
     cuts = sorted({text.begins.find(1, start + 1, end) for start, end in offsets} - {-1})
     if cuts and not _habits(tokenizer).swallows_space:
         parts = [_whole(text.part(a, b), tokenizer, 0) for a, b in pairwise([0, *cuts, len(text.text)])]
@@ -178,6 +185,26 @@ def _whole(text: _Text, tokenizer: PreTrainedTokenizerBase, _: int) -> tuple[lis
     if cuts:  # a text cannot be cut where the tokenizer would put a space before the rest; the token is the prompt's
         trained = [t and text.begins.find(1, s + 1, e) < 0 for t, (s, e) in zip(trained, offsets, strict=True)]
     return ids, trained
+
+
+def _without_swallowed_space(
+    text: str, ids: list[int], offsets: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[int, int]]:
+    """Offsets of control tokens cut down to the token itself.
+
+    Some (Phi-3's) swallow the white space beside them: an end marker followed by a line feed would else seem to end
+    behind the answer, and would never be trained.
+    """
+    swallowing = _habits(tokenizer).swallowing
+    if not swallowing:
+        return offsets
+    exact = list(offsets)
+    for position, token in enumerate(ids):
+        if content := swallowing.get(token):
+            start, end = offsets[position]
+            first = start + max(0, text[start:end].find(content))
+            exact[position] = (first, min(end, first + len(content)))
+    return exact
 
 
 def _between_images(text: _Text, tokenizer: PreTrainedTokenizerBase, image_id: int) -> tuple[list[int], list[bool]]:

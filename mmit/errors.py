@@ -49,6 +49,10 @@ class MissingExtra(MmitError):
         super().__init__(f"{purpose} needs the package '{package}': pip install 'mmit[{extra}]'")
 
 
+class OtherRankFailed(MmitError):
+    """Another rank failed and says why; this one ends with it."""
+
+
 class Interrupted(MmitError):
     """The run was asked to stop and has saved its state."""
 

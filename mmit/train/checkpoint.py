@@ -4,6 +4,7 @@
         model/       the model directory, as at the end of a stage
         engine/      DeepSpeed's state: master weights and moments, one file per rank
         state.json   the few integers that the loader and the schedule need
+        files.json   the size of every file, to tell a damaged checkpoint from a whole one
         COMPLETE     written last; a folder without it is ignored
 
 Random numbers need no state: each step seeds its own from (seed, stage, step, rank).
@@ -18,17 +19,20 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
+from pydantic import TypeAdapter
 
 from mmit.config import RunConfig
 from mmit.distributed import all_reduce_sum, logger, rank, world_size
-from mmit.errors import CheckpointError
+from mmit.errors import CheckpointError, MmitError, OtherRankFailed
 from mmit.train.engine import Engine, device
 from mmit.train.settings import check_unchanged, deciding_settings
 
 MARKER = "COMPLETE"
+FILES = "files.json"
+T = TypeVar("T")
 VERSION = 1
 
 
@@ -48,23 +52,39 @@ class RunState:
 
 def newest(folder: Path) -> Path | None:
     """The complete checkpoint with the highest step below ``folder``, or None."""
-    complete = [path.parent for path in folder.glob(f"step-*/{MARKER}")]
-    return max(complete, key=lambda path: path.name, default=None)
+    return max(complete(folder), key=_step_of, default=None)
 
 
-def read_state(checkpoint: Path) -> RunState:
-    """The state in a checkpoint. Raises CheckpointError where it is unreadable."""
-    path = checkpoint / "state.json"
+def complete(folder: Path) -> list[Path]:
+    """The complete checkpoints below ``folder``, the oldest first."""
+    return sorted((path.parent for path in folder.glob(f"step-*/{MARKER}")), key=_step_of)
+
+
+def _step_of(checkpoint: Path) -> int:
+    number = checkpoint.name.removeprefix("step-")
+    return int(number) if number.isdecimal() else -1
+
+
+def read_state(checkpoint: Path, *, steps: int) -> RunState:
+    """The state in a checkpoint of a plan of ``steps``. Raises CheckpointError where it is unreadable or damaged."""
+    remedy = f"remove {checkpoint} to continue from the one before"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        state = RunState(**content)
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(
-            f"{path}: unreadable ({error}); remove {checkpoint} to continue from the one before"
-        ) from None
+        state = TypeAdapter(RunState).validate_json((checkpoint / "state.json").read_bytes())
+        sizes = json.loads((checkpoint / FILES).read_text(encoding="utf-8")).items()
+        wrong = [name for name, size in sizes if _size(checkpoint / name) != size]
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{checkpoint}: unreadable ({' '.join(str(error).split())}); {remedy}") from None
+    if wrong:
+        raise CheckpointError(f"{checkpoint}: {wrong[0]} is not as it was written; {remedy}")
     if state.version != VERSION:
-        raise CheckpointError(f"{path}: version {state.version}, this mmit reads version {VERSION}")
+        raise CheckpointError(f"{checkpoint}: version {state.version}, this mmit reads version {VERSION}")
+    if state.step != _step_of(checkpoint) or state.step > steps:
+        raise CheckpointError(f"{checkpoint}: says step {state.step} of {steps}; {remedy}")
     return state
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1
 
 
 def check_continues(found: RunState, wanted: RunState, checkpoint: Path) -> None:
@@ -106,29 +126,39 @@ def save(folder: Path, engine: Engine, state: RunState, *, write_model: Callable
             shutil.rmtree(partial, ignore_errors=True)
         before = newest(folder)
         kept = f"{before} is still complete" if before else "there is no earlier checkpoint"
-        raise CheckpointError(f"{error}; {kept}; free some space and run the same command") from None
+        raise CheckpointError(
+            f"the checkpoint was not written: {error}; {kept}; mend this and run the same command"
+        ) from None
     if rank() == 0:
         _remove_old(folder, keep_last)
     return final
 
 
-def collectively(action: Callable[[], None], *, what: Path) -> None:
-    """Run ``action`` on every rank; where it could not write on any, raise CheckpointError on all."""
-    reason = ""
+def collectively(action: Callable[[], T], *, what: Path) -> T:
+    """Run ``action`` on every rank and give what it gives; where it failed on any rank, raise on all of them.
+
+    Raises CheckpointError for what could not be written or read, else the MmitError of this rank.
+    """
+    failure: MmitError | None = None
+    result: T | None = None
     try:
-        action()
+        result = action()
+    except MmitError as error:
+        failure = error
     except OSError as error:
-        reason = f"{what}: not written: {'the disk is full' if error.errno == errno.ENOSPC else error}"
+        reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)
+        failure = CheckpointError(f"{what}: {reason}")
     except RuntimeError as error:
         # torch.save reports a failed write as RuntimeError, without its errno
         if "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
             raise
-        reason = f"{what}: a file could not be written whole, as on a full disk"
-    except CheckpointError as error:
-        reason = str(error)
-    failed = all_reduce_sum(torch.tensor([int(bool(reason))], device=device()))
+        failure = CheckpointError(f"{what}: a file could not be written whole, as on a full disk")
+    failed = all_reduce_sum(torch.tensor([int(failure is not None)], device=device()))
+    if failure is not None:
+        raise failure
     if int(failed):
-        raise CheckpointError(reason or f"{what}: not written, another rank could not write its part")
+        raise OtherRankFailed(f"{what}: another rank failed, see its message")
+    return cast("T", result)
 
 
 def _make_empty(partial: Path) -> None:
@@ -140,6 +170,8 @@ def _make_empty(partial: Path) -> None:
 def _publish(partial: Path, final: Path) -> None:
     if rank() != 0:
         return
+    sizes = {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
+    (partial / FILES).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
     with (partial / MARKER).open("w", encoding="utf-8") as marker:
         marker.write("all files of this checkpoint are written\n")
         marker.flush()
@@ -149,8 +181,7 @@ def _publish(partial: Path, final: Path) -> None:
 
 
 def _remove_old(folder: Path, keep_last: int) -> None:
-    complete = sorted(path.parent for path in folder.glob(f"step-*/{MARKER}"))
-    for path in complete[:-keep_last]:
+    for path in complete(folder)[:-keep_last]:
         (path / MARKER).unlink()  # first, so that a half-removed folder is not taken for a checkpoint
         shutil.rmtree(path)
     for path in folder.glob(".step-*.partial"):
@@ -158,18 +189,23 @@ def _remove_old(folder: Path, keep_last: int) -> None:
 
 
 def load_engine(checkpoint: Path, engine: Engine) -> None:
-    """Put DeepSpeed's state back; collective. Raises CheckpointError."""
-    try:
-        path, _ = engine.deepspeed.load_checkpoint(str(checkpoint / "engine"), tag="state", load_module_strict=False)
-    except (OSError, RuntimeError, KeyError, ValueError, EOFError) as error:
-        raise CheckpointError(
-            f"{checkpoint}: the state of the optimizer cannot be read ({error}); "
-            "remove this folder to continue from the one before"
-        ) from error
-    if path is None:
-        raise CheckpointError(
-            f"{checkpoint}: holds no state of the optimizer; remove this folder to continue from the one before"
-        )
+    """Put DeepSpeed's state back; collective. Raises CheckpointError on every rank where it fails on one."""
+
+    def load() -> None:
+        try:
+            path, _ = engine.deepspeed.load_checkpoint(
+                str(checkpoint / "engine"), tag="state", load_module_strict=False
+            )
+        except Exception as error:  # whatever a damaged file makes torch or DeepSpeed raise; the run ends
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(
+                f"{checkpoint}: the state of the optimizer cannot be read ({reason}); "
+                "remove this folder to continue from the one before"
+            ) from error
+        if path is None:
+            raise CheckpointError(f"{checkpoint}: holds no state of the optimizer; remove this folder")
+
+    collectively(load, what=checkpoint)
     logger.info("continues from %s", checkpoint)
 
 

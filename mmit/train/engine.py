@@ -8,6 +8,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from mmit.config import Zero
@@ -94,6 +95,8 @@ def deepspeed_config(
 def _merge(config: dict[str, Any], extra: dict[str, Any], prefix: str) -> None:
     for key, value in extra.items():
         path = f"{prefix}{key}"
+        if isinstance(config.get(key), dict) and not isinstance(value, dict):
+            raise ConfigError(f"zero.extra: '{path}' is a section of DeepSpeed's dictionary, not the value {value!r}")
         if path in OWNED:
             raise ConfigError(f"zero.extra: '{path}' is set by mmit from the run file; change it there")
         if isinstance(value, dict) and isinstance(config.get(key), dict):
@@ -123,11 +126,12 @@ class Engine:
             # plain fp32 without ZeRO: DeepSpeed clips but does not tell the norm, so torch does both
             config = {**config, "gradient_clipping": 0.0}
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            config=config,
-        )
+        try:
+            self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        except ValidationError as error:  # the other keys are mmit's own
+            first = error.errors(include_url=False)[0]
+            path = ".".join(str(part) for part in first["loc"])
+            raise ConfigError(f"zero.extra: DeepSpeed refuses '{path}': {first['msg']}") from None
         assert self.deepspeed.optimizer is not None, "DeepSpeed wraps the optimizer it was given"
         self.optimizer = self.deepspeed.optimizer
         self.zero_stage: int = config["zero_optimization"]["stage"]

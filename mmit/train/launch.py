@@ -18,10 +18,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from mmit.config import RunConfig
 from mmit.distributed import logger
-from mmit.errors import EXIT_INTERRUPTED, ConfigError, Interrupted, TrainingError
+from mmit.errors import EXIT_INTERRUPTED, CheckpointError, ConfigError, Interrupted, TrainingError
 from mmit.train.settings import check_unchanged, deciding_settings
 
 GRACE_SECONDS = 60.0
@@ -44,8 +45,7 @@ def run_stages(
     for name in stages:
         folder = config.stage_folder(name)
         if (folder / "model" / "mmit.json").is_file() and not fresh:
-            made_from = json.loads((folder / "model" / "mmit.json").read_text(encoding="utf-8")).get("made_from", {})
-            check_unchanged(made_from.get("settings", {}), deciding_settings(config, name), what=folder)
+            check_unchanged(_settings_of(folder / "model" / "mmit.json"), deciding_settings(config, name), what=folder)
             logger.info("stage %s: complete, see %s (--fresh trains it again)", name, folder / "model")
             continue
         count = ranks or local_ranks(config)
@@ -55,6 +55,13 @@ def run_stages(
         )
         arguments = [*command, "--stage", name, *(["--fresh"] if fresh else [])]
         _launch(arguments, ranks=count, threads=threads, stage=name)
+
+
+def _settings_of(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8"))["made_from"]["settings"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file}: unreadable ({error!r}); train the stage again with --fresh") from None
 
 
 def local_ranks(config: RunConfig) -> int:

@@ -85,11 +85,11 @@ def train_steps(
     *,
     stop: StopRequest,
     seed: int,
-    after_step: Callable[[int], None],
+    after_step: Callable[[int, Counts], None],
 ) -> bool:
     """Train on every step of ``loader``; True when the plan is done, False when it was asked to stop.
 
-    after_step: called with the number of steps done, after each.
+    after_step: called after each step with the number of steps done and what it held.
     Raises TrainingError for a step without a trained token and for a loss or gradient that is not finite.
     """
     for step, wait in _timed(iter(loader)):
@@ -126,7 +126,7 @@ def train_steps(
                     loss_by_source=by_source,
                 )
             )
-        after_step(step.step + 1)
+        after_step(step.step + 1, counts)
     return True
 
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from transformers.utils.logging import disable_progress_bar
 
 from mmit.config import RunConfig, Stage
 from mmit.config_file import resolved_yaml
-from mmit.distributed import barrier, is_launched, logger, rank, set_up_logging, world_size
+from mmit.distributed import is_launched, logger, rank, set_up_logging, world_size
 from mmit.errors import ConfigError, Interrupted
 from mmit.train.launch import end_with_launcher
 from mmit.train.settings import deciding_settings
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from mmit.train.checkpoint import RunState
     from mmit.train.engine import Engine
     from mmit.train.feed import Feed
-    from mmit.train.loop import StopRequest
+    from mmit.train.loop import Counts, StopRequest
 
 
 def train_stage(config: RunConfig, name: str, *, fresh: bool = False) -> Path:
@@ -71,9 +72,7 @@ def _train(config: RunConfig, name: str, *, stop: StopRequest, fresh: bool) -> P
     from mmit.train.trained import FirstStepCheck
 
     stage, folder = config.stages[name], config.stage_folder(name)
-    if rank() == 0:
-        _open_folder(folder, config, fresh=fresh)
-    barrier()
+    lock = checkpoint.collectively(lambda: _open_folder(folder, fresh=fresh) if rank() == 0 else None, what=folder)
     dtype = resolve_precision(config.precision)
     loaded = _build(config, name, dtype=dtype)
     feed = make_feed(config, stage, loaded)
@@ -87,7 +86,9 @@ def _train(config: RunConfig, name: str, *, stop: StopRequest, fresh: bool) -> P
         settings=deciding_settings(config, name),
     )
     engine = _make_engine(stage, loaded, dtype=dtype)
-    state = _resume(folder, engine, state)
+    state = _resume(folder, engine, state, steps=feed.plan.steps)
+    if rank() == 0:
+        (folder / "config.yaml").write_text(resolved_yaml(config), encoding="utf-8")
     _announce(config, name, feed)
 
     schedule = LearningRate(
@@ -107,9 +108,8 @@ def _train(config: RunConfig, name: str, *, stop: StopRequest, fresh: bool) -> P
         )
     made_from = checkpoint.facts(config, stage=name, plan=feed.plan.fingerprint)
     write_model = _model_writer(engine, loaded, made_from)
-    first = state.step + 1
     check = FirstStepCheck(engine.module)
-    done = state.step
+    done, first = state.step, state.step + 1
 
     def save() -> None:
         checkpoint.save(
@@ -120,11 +120,11 @@ def _train(config: RunConfig, name: str, *, stop: StopRequest, fresh: bool) -> P
             keep_last=stage.save.keep_last,
         )
 
-    def after_step(step: int) -> None:
+    def after_step(step: int, counts: Counts) -> None:
         nonlocal done
         done = step
-        if step == first:
-            check.verify()
+        if not check.is_done and (counts.images > 0 or step == first):
+            check.verify(had_images=counts.images > 0)
         if step % stage.save.every_steps == 0 and step < feed.plan.steps:
             save()
 
@@ -147,10 +147,21 @@ def _train(config: RunConfig, name: str, *, stop: StopRequest, fresh: bool) -> P
     finally:
         if recorder is not None:
             recorder.close()
+        if lock is not None:
+            lock.close()
 
 
-def _open_folder(folder: Path, config: RunConfig, *, fresh: bool) -> None:
+def _open_folder(folder: Path, *, fresh: bool) -> IO[str]:
+    """Make the folder of a stage, and hold it: the lock is free again when the file is closed or this process ends."""
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = (folder.parent / f".{folder.name}.lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{folder} is being trained by another process; wait for it or take another 'output'"
+            ) from None
         if fresh and folder.exists():
             if not (folder / "config.yaml").is_file():
                 raise ConfigError(
@@ -158,9 +169,9 @@ def _open_folder(folder: Path, config: RunConfig, *, fresh: bool) -> None:
                 )
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(resolved_yaml(config), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"output {folder}: cannot be written: {error.strerror}") from None
+    return lock
 
 
 def _build(config: RunConfig, name: str, *, dtype: torch.dtype) -> LoadedModel:
@@ -210,13 +221,13 @@ def _make_engine(stage: Stage, loaded: LoadedModel, *, dtype: torch.dtype) -> En
     return Engine(model, optimizer, settings, dtype=dtype)
 
 
-def _resume(folder: Path, engine: Engine, state: RunState) -> RunState:
+def _resume(folder: Path, engine: Engine, state: RunState, *, steps: int) -> RunState:
     from mmit.train import checkpoint
 
     found = checkpoint.newest(folder / "checkpoints")
     if found is None:
         return state
-    stored = checkpoint.read_state(found)
+    stored = checkpoint.read_state(found, steps=steps)
     checkpoint.check_continues(stored, state, found)
     checkpoint.load_engine(found, engine)
     return replace(state, step=stored.step)

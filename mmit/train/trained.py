@@ -11,6 +11,8 @@ from mmit.distributed import all_reduce_sum
 from mmit.errors import TrainingError
 from mmit.models import TrainGroup
 
+_BEHIND_PICTURES = ("vision_tower.", "multi_modal_projector.")
+
 
 def table(model: nn.Module, groups: Sequence[TrainGroup]) -> str:
     """Lines of rule, tensors, parameters and peak learning rate; frozen parts last."""
@@ -40,7 +42,7 @@ class FirstStepCheck:
     """Made before the first step, asked after it: a gradient reached every trained tensor, no frozen one changed.
 
     A gradient, not a changed weight, is asked of trained tensors: at a small learning rate a weight may round back to
-    its old value.
+    its old value. Tensors that only pictures reach are asked after the first step that had one.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -57,10 +59,14 @@ class FirstStepCheck:
         reached = gradient.detach().any()
         self._reached[name] = self._reached[name] | reached if name in self._reached else reached
 
-    def verify(self) -> None:
-        """Collective. Raises TrainingError naming the tensors that break the rule."""
-        for hook in self._hooks:
-            hook.remove()
+        self.is_done = False
+
+    def verify(self, *, had_images: bool) -> None:
+        """After a step; collective. Raises TrainingError naming the tensors that break the rule."""
+        if had_images:
+            self.is_done = True
+            for hook in self._hooks:
+                hook.remove()
         changed = {name for name, p in self._model.named_parameters() if _checksum(p) != self._before[name]}
         frozen = [name for name, p in self._model.named_parameters() if not p.requires_grad and name in changed]
         if frozen:
@@ -69,7 +75,11 @@ class FirstStepCheck:
         device = next(self._model.parameters()).device
         reached = torch.tensor([int(self._reached.get(name, False)) for name in trained], device=device)
         ranks_reached = all_reduce_sum(reached).tolist()
-        missed = [name for name, ranks in zip(trained, ranks_reached, strict=True) if ranks == 0]
+        missed = [
+            name
+            for name, ranks in zip(trained, ranks_reached, strict=True)
+            if ranks == 0 and (had_images or not name.startswith(_BEHIND_PICTURES))
+        ]
         if missed:
             raise TrainingError(
                 f"no gradient reached {len(missed)} trained tensors: {_some(missed)}; "

@@ -64,14 +64,30 @@ def test_a_run_that_is_stopped_and_killed_equals_one_that_is_not(run_file: Path,
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def test_kill_minus_nine_of_everything_leaves_no_rank_behind(run_file: Path, tmp_path: Path) -> None:
-    words = ("train", str(run_file), f"output={tmp_path}", "--stage", "align")
-    started = start_and_wait_for_step(tmp_path / "align", 1, *words)
+def test_kill_minus_nine_of_everything_leaves_no_rank_behind_and_a_damaged_checkpoint_is_named(
+    run_file: Path, tmp_path: Path
+) -> None:
+    words = ("train", str(run_file), f"output={tmp_path}", "--stage", "align", "stages.align.epochs=400")
+    folder = tmp_path / "align"
+    started = start_and_wait_for_step(folder, 5, *words)
+    second = mmit(*words)  # two of the same at once
+    assert (second.returncode, "is being trained by another process" in second.stderr) == (2, True), second.stderr
+    assert second.stderr.count("error: ") == 1
     ranks = rank_processes(started)
     started.kill()
     started.communicate()
-    _, alive = psutil.wait_procs(ranks, timeout=30)
+    _, alive = psutil.wait_procs(ranks, timeout=60)
     assert alive == []
+
+    checkpoint = max((folder / "checkpoints").glob("step-*"))
+    state = next((checkpoint / "engine").rglob("*rank_1*optim_states.pt"))
+    state.write_bytes(state.read_bytes()[:100])
+    config = (folder / "config.yaml").read_text()
+    refused = mmit(*words)
+    assert refused.returncode == 2, refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert "optim_states.pt is not as it was written; remove" in refused.stderr
+    assert (folder / "config.yaml").read_text() == config
 
 
 def test_every_sample_is_seen_as_often_as_planned(aligned: Path) -> None:
@@ -175,5 +191,5 @@ def test_a_full_disk_during_a_checkpoint_ends_the_run_and_leaves_nothing_half_wr
     )
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("Traceback") == 0
-    assert "free some space and run the same command" in done.stderr
+    assert "the checkpoint was not written" in done.stderr
     assert list((tmp_path / "align" / "checkpoints").iterdir()) == []
