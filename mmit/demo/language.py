@@ -26,22 +26,23 @@ from mmit.templates import ChatTemplate, built_in_source
 TEMPLATE = "chatml"
 _PAD, _START, _END = "<pad>", "<|im_start|>", "<|im_end|>"
 _NO_IMAGE = -1
-import os;TAGS=float(os.environ.get("TAGS","0.5"))
 _CAPTION_SHARE = 0.3
-"""Share of the texts that are two captions of one scene; the others are dialogues."""
+"""Share of the texts that are a scene told in words and its caption; the others are dialogues about such words."""
+_TAGS_SHARE = 0.5
+"""How often a scene is told as loose words and not as a caption: patches of a picture have no order of a sentence."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageSettings:
     """Sizes and budget. answer_weight: of a token of an answer in the loss, where all others count 1."""
 
-    hidden: int = 96
-    inner: int = 256
+    hidden: int = 128
+    inner: int = 320
     layers: int = 3
     heads: int = 4
     vocabulary: int = 512
     texts_per_step: int = 32
-    steps: int = 200
+    steps: int = 300
     turns: int = 9
     answer_weight: float = 8.0
     matrix_lr: float = 2e-2
@@ -131,7 +132,7 @@ def told_question(scene: Scene, question: Question, rng: np.random.Generator) ->
 
 
 def _told(scene: Scene, rng: np.random.Generator) -> str:
-    return tags(scene, rng) if rng.random() < TAGS else caption(scene, rng)
+    return tags(scene, rng) if rng.random() < _TAGS_SHARE else caption(scene, rng)
 
 
 def _questions(scene: Scene, world: World, rng: np.random.Generator) -> list[Question]:
@@ -150,8 +151,7 @@ def _texts(
             # side by side, as a picture and its caption stand in the template "plain"
             told = tokenizer.encode(_told(scene, rng))
             ids = torch.tensor([*told, *tokenizer.encode(f"{caption(scene, rng)}\n")])
-            weights = torch.ones(len(ids))
-            yield ids, weights
+            yield ids, torch.ones(len(ids))
             continue
         questions = _questions(scene, world, rng)
         order = rng.permutation(len(questions))[: settings.turns]

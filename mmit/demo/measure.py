@@ -15,8 +15,8 @@ from mmit.demo.page import Results, Shown
 from mmit.demo.settings import DemoSettings
 from mmit.demo.world import ask, make_scene
 from mmit.evaluate.accuracy import Asked, ask_all, by_type, majority
-from mmit.evaluate.pictures import Pictures, with_pictures
 from mmit.evaluate.losses import answer_loss
+from mmit.evaluate.pictures import Pictures, with_pictures
 from mmit.evaluate.runner import conversations_of
 from mmit.models import LoadedModel
 from mmit.templates import ChatTemplate

@@ -94,8 +94,11 @@ class Question:
 
 
 def make_scene(world: World, rng: np.random.Generator, *, pairs: Pairs) -> Scene:
-    """A random scene with a colour and shape of ``pairs``; attributes are independent of each other, and uniform but for
-    the count: every second scene has a single shape, since only those have a place to ask about."""
+    """A random scene with a colour and shape of ``pairs``.
+
+    Attributes are independent of each other, and uniform but for the count: every second scene has a single shape,
+    since only those have a place to ask about.
+    """
     colour, shape = _pick(rng, world.pairs(pairs))
     count = world.counts[0] if rng.random() < 0.5 else _pick(rng, world.counts[1:] or world.counts)
     return Scene(
