@@ -46,8 +46,8 @@ def test_answers_weigh_more_than_the_rest_of_a_text(tmp_path) -> None:
     dialogues = 0
     for _ in range(40):
         ids, weights = next(texts)
-        answers = tokenizer.decode(ids[weights == 8.0]).split("<|im_end|>")
-        whole = tokenizer.decode(ids)
+        answers = str(tokenizer.decode(ids[weights == 8.0])).split("<|im_end|>")
+        whole = str(tokenizer.decode(ids))
         assert set(weights.tolist()) <= {1.0, 8.0}
         assert whole.count("assistant\n") == len(answers) - 1
         vocabulary = {*world.colours, *world.shapes, *world.sizes, *world.counts, *world.places, *world.backgrounds}

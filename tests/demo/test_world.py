@@ -13,6 +13,7 @@ from mmit.demo.world import (
     COLOURS,
     PICTURE_SIZE,
     PLACES,
+    Pairs,
     Scene,
     World,
     ask,
@@ -26,7 +27,7 @@ WORLD = World()
 NEAR = 25  # a shade is at most 10 grey levels off; the rest is for averaging at edges
 
 
-def scenes(count: int, *, pairs: str = "all", seed: int = 0) -> list[Scene]:
+def scenes(count: int, *, pairs: Pairs = "all", seed: int = 0) -> list[Scene]:
     rng = np.random.default_rng(seed)
     return [make_scene(WORLD, rng, pairs=pairs) for _ in range(count)]
 
@@ -81,7 +82,8 @@ def test_large_shapes_cover_more_than_small_ones() -> None:
 
 
 def test_held_out_pairs_occur_only_where_they_are_asked_for() -> None:
-    found = {pairs: {(s.colour, s.shape) for s in scenes(2000, pairs=pairs)} for pairs in ("all", "tuning", "held out")}
+    kinds: tuple[Pairs, ...] = ("all", "tuning", "held out")
+    found = {pairs: {(s.colour, s.shape) for s in scenes(2000, pairs=pairs)} for pairs in kinds}
     assert found["held out"] == set(WORLD.held_out)
     assert found["tuning"] & found["held out"] == set()
     assert found["all"] == found["tuning"] | found["held out"]
