@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mmit.errors import DataError
-
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 
@@ -64,6 +62,4 @@ class Conversation:
     @property
     def image_refs(self) -> tuple[ImageRef, ...]:
         """All image places in reading order."""
-        return tuple(
-            part for message in self.messages for part in message.content if isinstance(part, ImageRef)
-        )
+        return tuple(part for message in self.messages for part in message.content if isinstance(part, ImageRef))

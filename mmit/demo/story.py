@@ -55,6 +55,7 @@ def run_demo(out: Path, *, size: str = "full", seeds: int = 1) -> Results:
         results = measure(settings, stages, shards, report=lambda what, share: bar.show("asking", share, what))
     curves = {name: (path / "loss.svg").read_text(encoding="utf-8") for name, path in stages.items()}
     results = with_curves(results, curves, _commands(out))
+    (out / "peek.png").write_bytes(results.shown[0].picture)
     grid(results.shown).save(out / "scenes.png")
     write_page(results, out / "demo.html")
     _print(results, console, out, seconds=time.monotonic() - started)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -139,7 +140,8 @@ def test_deepspeeds_own_launcher_trains_the_next_stage(run_file: Path, aligned: 
     before, after = (load_file(path / "model" / "model.safetensors") for path in (aligned, folder))
     moved = {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
     assert moved == {"language_model", "multi_modal_projector"}
-    theirs, report = LlavaForConditionalGeneration.from_pretrained(folder / "model", output_loading_info=True)
+    opened: Any = LlavaForConditionalGeneration.from_pretrained(folder / "model", output_loading_info=True)
+    theirs, report = opened
     assert (report["missing_keys"], report["unexpected_keys"]) == (set(), set())
     ours = load_model(folder, dtype=torch.float32).model
     ids = torch.arange(5, 25).view(1, -1)
