@@ -19,7 +19,7 @@ class Encoded:
     """One sample, ready to be packed.
 
     input_ids: (T,) int64; every image token holds the image token id.
-    labels: (T,) int64, **already shifted**: ``labels[t]`` is what position t has to predict, or IGNORE; the last is IGNORE.
+    labels: (T,) int64, **already shifted**: ``labels[t]`` is what position t has to predict, or IGNORE (so the last).
     pixels: (N, 3, H, W) uint8 tiles in the order of their placeholders; N may be 0.
     """
 

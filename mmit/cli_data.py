@@ -25,6 +25,7 @@ def convert(
     reader: Annotated[str, typer.Option(help="The form of the records; see docs/recipes.md.")] = "llava_json",
     prompt: Annotated[str, typer.Option(help="Question put before every caption (captions only).")] = "",
     max_bad: Annotated[float, typer.Option(min=0, max=1, help="Share of bad records that is tolerated.")] = 0.001,
+    follow_links: Annotated[bool, typer.Option("--follow-links", help="Read pictures through links.")] = False,
     decode: Annotated[bool, typer.Option("--decode", help="Decode every picture, not only its header.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
     processes: Annotated[int | None, typer.Option(min=1, help="Processes; else one per core.")] = None,
@@ -47,6 +48,7 @@ def convert(
             prompt=prompt,
             verify="decode" if decode else "header",
             max_bad=max_bad,
+            follow_links=follow_links,
         )
     else:
         conversion = load_recipe(source).conversion()
@@ -75,6 +77,7 @@ def show(
         style=style,
         image_tokens=image_tokens,
         samples=sample or [0],
+        marks=not console.is_terminal,
     )
     for text in texts:
         console.print(text)

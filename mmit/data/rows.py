@@ -163,6 +163,8 @@ def _parse_json(hint: str, path: Path, start: int, text: bytes) -> Mapping[str, 
         raise SampleError(f"the record is not UTF-8: {error.reason} at byte {start + error.start} of {path}") from None
     except json.JSONDecodeError as error:
         raise _broken(path, start + len(error.doc[: error.pos].encode()), error.msg + hint) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, a deep nest
+        raise SampleError(f"the record cannot be read: {error}") from None
     if not isinstance(record, dict):
         raise SampleError(f"the record is {type(record).__name__}, not an object")
     return record

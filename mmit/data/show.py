@@ -28,11 +28,13 @@ def show(
     style: Style = "hf",
     image_tokens: int = 576,
     samples: Sequence[int] = (0,),
+    marks: bool = False,
 ) -> Iterator[Text]:
     """Each of ``samples`` of the shards at ``source``, for rich to print: a line of facts, then its tokens.
 
     tokenizer: directory or hub name. image_tokens: of one picture (576 is CLIP ViT-L/14 at 336 pixels).
-    samples: numbers from 0. Raises DataError for a number that is not there and for a sample that cannot be used.
+    samples: numbers from 0. marks: put trained tokens in [[ ]] too, for a screen without colour. Raises DataError for
+    a number that is not there and for a sample that cannot be used.
     """
     shards = open_source(source)
     prepared = prepare_tokenizer(load_tokenizer(tokenizer))
@@ -58,6 +60,8 @@ def show(
         text = Text(f"sample {number}: {shard} {key} ({conversation.id}); images: {sizes}; ")
         text.append(f"{encoded.length} tokens, {encoded.trained_tokens} trained\n")
         for piece, is_trained in show_tokens(encoded, prepared.tokenizer, image_id=prepared.image_id):
+            if marks and is_trained:
+                piece = f"[[{piece}]]"  # noqa: PLW2901
             text.append(piece, style=TRAINED if is_trained else NOT_TRAINED)
         yield text
 

@@ -180,7 +180,14 @@ def image_input(processor: Mapping[str, Any], *, size: int) -> ImageInput:
     )
 
 
+def check_is_there(path: str, *, key: str) -> None:
+    """Raise ConfigError for a path that is plainly one of this machine and leads nowhere, not a hub's name."""
+    if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
+        raise ConfigError(f"{key}: there is no directory {path}")
+
+
 def _read_config(path: str) -> PreTrainedConfig:
+    check_is_there(path, key="model.encoder.path")
     try:
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:

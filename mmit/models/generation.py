@@ -12,10 +12,13 @@ from transformers.generation.streamers import BaseStreamer
 
 from mmit.errors import ConfigError
 
+COLDEST = 1e-5
+"""Temperatures below are greedy: logits divided by less leave fp32."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How ids are chosen. temperature 0 is greedy; ``stop_ids`` end an answer and are not part of it."""
+    """How ids are chosen. temperature 0 (or below COLDEST) is greedy; ``stop_ids`` end an answer and are not in it."""
 
     max_new_tokens: int
     temperature: float
@@ -45,11 +48,11 @@ def answers(
     stop = list(sampling.stop_ids)
     config = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
-        do_sample=sampling.temperature > 0,
+        do_sample=sampling.temperature > COLDEST,
         eos_token_id=stop or None,
         pad_token_id=stop[0] if stop else 0,
     )
-    if sampling.temperature > 0:
+    if sampling.temperature > COLDEST:
         config.temperature, config.top_p, config.top_k = sampling.temperature, sampling.top_p, 0
     streamer = None if on_token is None else _Streamer(on_token, frozenset(stop))
     made = language_model.generate(

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from mmit.errors import ConfigError
+from mmit.models.encoders import check_is_there
 
 ROWS_MULTIPLE = 64
 """Token tables that must grow are padded to a multiple of this: matrix kernels like it."""
@@ -24,6 +25,7 @@ def token_table(language_model: PreTrainedModel) -> nn.Embedding:
 
 def read_language_model(path: str, *, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a directory or hub name, as ``AutoModelForCausalLM`` builds it. Raises ConfigError."""
+    check_is_there(path, key="model.language_model.path")
     reader: Any = AutoModelForCausalLM
     try:
         model, report = reader.from_pretrained(path, dtype=dtype, output_loading_info=True)
