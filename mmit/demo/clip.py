@@ -44,9 +44,9 @@ class ClipSettings:
     layers: int = 3
     text_width: int = 96
     text_layers: int = 2
-    scenes: int = 1000
-    groups: int = 25
-    steps: int = 120
+    scenes: int = 1600
+    groups: int = 32
+    steps: int = 200
     matrix_lr: float = 1e-2
     other_lr: float = 3e-3
     seed: int = 1

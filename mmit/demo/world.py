@@ -1,4 +1,4 @@
-"""The demo's world: pictures of one to three like shapes, drawn with Pillow, and what can be said and asked about them.
+"""The demo's world: pictures of one or two like shapes, drawn with Pillow, and what can be said and asked about them.
 
 Everything is a function of a scene and a passed random generator. Some colour-shape pairs can be kept out of the
 scenes, so that a model can be asked about combinations that its tuning has not shown. Writing files is the business
@@ -27,23 +27,18 @@ COLOURS = {
     "orange": (255, 130, 20),
 }
 BACKGROUNDS = {"white": (245, 245, 245), "gray": (150, 150, 150), "pink": (255, 170, 200), "cyan": (150, 235, 235)}
-SHAPES = {"circle": "circles", "square": "squares", "triangle": "triangles", "star": "stars", "cross": "crosses"}
+SHAPES = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
 """Each shape's name and its plural."""
-PLACES = {"left": (0.28, 0.5), "right": (0.72, 0.5), "top": (0.5, 0.28), "bottom": (0.5, 0.72)}
+PLACES = {"left": (0.26, 0.5), "right": (0.74, 0.5), "top": (0.5, 0.26), "bottom": (0.5, 0.74)}
 """Where a single shape can stand: the centre, as shares of width and height."""
 
 PICTURE_SIZE = 96
 
 _SUPERSAMPLING = 3
 _OUTLINE = (25, 25, 25)
-_PAIRS = (((0.25, 0.5), (0.75, 0.5)), ((0.5, 0.25), (0.5, 0.75)))
-_TRIPLES = (((0.25, 0.26), (0.75, 0.26), (0.5, 0.74)), ((0.25, 0.74), (0.75, 0.74), (0.5, 0.26)))
-# no two shapes touch: centres are at least 0.5 - 2 x jitter apart, and no shape reaches beyond 1.1 x 1.05 half-widths
-_HALF_WIDTHS = {
-    "one": {"small": 0.16, "large": 0.26},
-    "two": {"small": 0.135, "large": 0.195},
-    "three": {"small": 0.135, "large": 0.195},
-}
+_DIAGONALS = (((0.26, 0.26), (0.74, 0.74)), ((0.26, 0.74), (0.74, 0.26)))
+"""Where two shapes stand: far enough apart that the largest do not touch."""
+_HALF_WIDTHS = {"small": 0.155, "large": 0.23}
 _JITTER = 0.02
 
 
@@ -54,11 +49,11 @@ class World:
     colours: tuple[str, ...] = tuple(COLOURS)
     shapes: tuple[str, ...] = tuple(SHAPES)
     sizes: tuple[str, ...] = ("small", "large")
-    counts: tuple[str, ...] = ("one", "two", "three")
+    counts: tuple[str, ...] = ("one", "two")
     places: tuple[str, ...] = tuple(PLACES)
     backgrounds: tuple[str, ...] = tuple(BACKGROUNDS)
     question_types: tuple[str, ...] = ("colour", "shape", "size", "place", "count", "background")
-    held_out: frozenset[tuple[str, str]] = frozenset({("red", "star"), ("blue", "circle"), ("yellow", "triangle")})
+    held_out: frozenset[tuple[str, str]] = frozenset({("red", "cross"), ("blue", "circle"), ("yellow", "triangle")})
 
     def pairs(self, which: Pairs) -> list[tuple[str, str]]:
         """The colour-shape pairs of scenes of this kind."""
@@ -70,7 +65,7 @@ class World:
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """``count`` shapes that are alike; ``place`` is where a single one stands, and "" for several."""
+    """``count`` shapes that are alike; ``place`` is where a single one stands, and "" for two."""
 
     colour: str
     shape: str
@@ -96,11 +91,10 @@ class Question:
 def make_scene(world: World, rng: np.random.Generator, *, pairs: Pairs) -> Scene:
     """A random scene with a colour and shape of ``pairs``.
 
-    Attributes are independent of each other, and uniform but for the count: every second scene has a single shape,
-    since only those have a place to ask about.
+    Attributes are uniform and independent of each other.
     """
     colour, shape = _pick(rng, world.pairs(pairs))
-    count = world.counts[0] if rng.random() < 0.5 else _pick(rng, world.counts[1:] or world.counts)
+    count = _pick(rng, world.counts)
     return Scene(
         colour=colour,
         shape=shape,
@@ -123,7 +117,7 @@ def draw(scene: Scene, rng: np.random.Generator) -> Image.Image:
     side = PICTURE_SIZE * _SUPERSAMPLING
     image = Image.new("RGB", (side, side), _shade(BACKGROUNDS[scene.background], rng))
     pen = ImageDraw.Draw(image)
-    half_width = side * _HALF_WIDTHS[scene.count][scene.size]
+    half_width = side * _HALF_WIDTHS[scene.size]
     for centre in _centres(scene, rng):
         x, y = (side * (c + rng.uniform(-_JITTER, _JITTER)) for c in centre)
         radius = half_width * rng.uniform(0.95, 1.05)
@@ -135,7 +129,7 @@ def draw(scene: Scene, rng: np.random.Generator) -> Image.Image:
 def _centres(scene: Scene, rng: np.random.Generator) -> tuple[tuple[float, float], ...]:
     if scene.count == "one":
         return (PLACES[scene.place],)
-    return _pick(rng, _PAIRS) if scene.count == "two" else _pick(rng, _TRIPLES)
+    return _pick(rng, _DIAGONALS)
 
 
 def _shade(colour: tuple[int, int, int], rng: np.random.Generator) -> tuple[int, int, int]:
@@ -151,9 +145,6 @@ def _corners(shape: str, angle: float) -> list[tuple[float, float]]:
         points = [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)]
     elif shape == "triangle":
         points = [(0.0, -1.0), (1.05, 0.85), (-1.05, 0.85)]
-    elif shape == "star":
-        tips, notches = _ring(5, 1.1), _ring(5, 0.48, offset=0.5)
-        points = [point for pair in zip(tips, notches, strict=True) for point in pair]
     else:
         assert shape == "cross", shape
         arm = [(-0.34, -1.05), (0.34, -1.05), (0.34, -0.34)]  # the upper arm; three quarter turns give the others
@@ -166,8 +157,8 @@ def _turn(points: list[tuple[float, float]], angle: float) -> list[tuple[float, 
     return [(x * cos - y * sin, x * sin + y * cos) for x, y in points]
 
 
-def _ring(count: int, radius: float, offset: float = 0.0) -> list[tuple[float, float]]:
-    angles = [2 * math.pi * (k + offset) / count for k in range(count)]
+def _ring(count: int, radius: float) -> list[tuple[float, float]]:
+    angles = [2 * math.pi * k / count for k in range(count)]
     return [(radius * math.sin(a), -radius * math.cos(a)) for a in angles]
 
 
@@ -178,7 +169,7 @@ _ONE = (
     "on {background} there is one {size} {colour} {shape}, at the {place}.",
     "one {shape} at the {place}, {size} and {colour}. the background is {background}.",
 )
-_SEVERAL = (
+_TWO = (
     "{count} {size} {colour} {shapes} on a {background} background.",
     "on {background} there are {count} {size} {colour} {shapes}.",
     "{count} {shapes}, {size} and {colour}. the background is {background}.",
@@ -195,7 +186,7 @@ _QUESTIONS = {
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
     """All there is to know of a scene, in one of several wordings."""
-    wording = _pick(rng, _ONE if scene.count == "one" else _SEVERAL)
+    wording = _pick(rng, _ONE if scene.count == "one" else _TWO)
     return wording.format(shapes=SHAPES[scene.shape], **vars(scene))
 
 

@@ -68,7 +68,7 @@ def test_as_many_shapes_are_drawn_as_the_scene_counts() -> None:
     for scene in scenes(60):
         seen = pixels(draw(scene, np.random.default_rng(1)))
         inside = abs(seen - seen[0, 0]).max(axis=-1) > NEAR
-        assert islands(inside) == {"one": 1, "two": 2, "three": 3}[scene.count]
+        assert islands(inside) == {"one": 1, "two": 2}[scene.count]
 
 
 def test_large_shapes_cover_more_than_small_ones() -> None:
@@ -77,7 +77,7 @@ def test_large_shapes_cover_more_than_small_ones() -> None:
         for size in WORLD.sizes:
             seen = pixels(draw(replace(scene, size=size), np.random.default_rng(1)))
             area[size] = (abs(seen - seen[0, 0]).max(axis=-1) > NEAR).sum()
-        # half-widths of 0.135 and 0.195 (several shapes) differ least: areas by a factor of 2.09
+        # half-widths of 0.155 and 0.23, varied alike by the same seed: areas by a factor of 2.2
         assert area["large"] > 1.7 * area["small"]
 
 
