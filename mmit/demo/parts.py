@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
 import queue
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from mmit.demo.clip import CONFIG_FILE, LAYER, WEIGHTS_FILE, ClipSettings, train_clip
 from mmit.demo.language import LanguageSettings, make_tokenizer, train_language_model
@@ -117,6 +119,11 @@ def _make_language_model(
 def _prepare_process() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     torch.set_num_threads(1)  # one core each: two threads on two busy cores are slower than one
+    # the bar of the demo is all that is shown: open_clip warns of random weights, transformers shows bars
+    logging.getLogger().setLevel(logging.ERROR)
+    disable_progress_bar()
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def _tokenizer(folder: Path) -> Any:  # noqa: ANN401  (a transformers tokenizer)
