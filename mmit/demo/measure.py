@@ -21,7 +21,7 @@ from mmit.evaluate.runner import conversations_of
 from mmit.models import LoadedModel
 from mmit.templates import ChatTemplate
 
-WITHOUT_ALIGN = "instruct without align, the same steps in all"
+WITHOUT_ALIGN = "instruct without align, as many rows in all"
 AFTER_INSTRUCT = "after align and instruct"
 SHOWN = 24
 

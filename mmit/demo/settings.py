@@ -41,9 +41,9 @@ class DemoSettings:
     align_pictures: int = 2500
     instruct_pictures: int = 2500
     test_pictures: int = 100
-    align: StageSettings = StageSettings(steps=200, length=512, rows_per_step=4, train={"connector": 5e-3})
+    align: StageSettings = StageSettings(steps=160, length=512, rows_per_step=4, train={"connector": 5e-3})
     instruct: StageSettings = StageSettings(
-        steps=300, length=512, rows_per_step=8, train={"connector": 3e-3, "language_model": 1e-3}
+        steps=200, length=512, rows_per_step=8, train={"connector": 3e-3, "language_model": 1e-3}
     )
 
     @property

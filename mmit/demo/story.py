@@ -2,7 +2,7 @@
 
 A world is drawn, parts are made on the spot, two stages are trained by ``mmit train``, and what came of it is measured:
 against the commonest answer, against the same model with a blank or another picture, and against tuning without
-alignment at the same number of steps. Interrupted and started again, it goes on with what is complete.
+alignment on as many rows. Interrupted and started again, it goes on with what is complete.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def _make_parts(out: Path, settings: DemoSettings, bar: OneBar) -> Parts:
 
 def _write_run_file(out: Path, settings: DemoSettings, parts: Parts, shards: Mapping[str, Path]) -> Path:
     """The run file of all three trainings; anyone can run it again with ``mmit train``."""
-    direct = settings.instruct.steps + settings.align.steps
+    align, instruct = settings.align, settings.instruct
+    direct = instruct.steps + round(align.steps * align.rows_per_step / instruct.rows_per_step)
     content = {
         "name": "demo",
         "output": str(out / "runs"),
@@ -108,7 +109,7 @@ def _write_run_file(out: Path, settings: DemoSettings, parts: Parts, shards: Map
         "stages": {
             "align": _stage(settings.align, shards["align"], template="plain"),
             "instruct": {"init_from": "align", **_stage(settings.instruct, shards["instruct"])},
-            # the same model without alignment, at the same number of steps in all
+            # the same model without alignment, with as many rows in all
             "direct": _stage(settings.instruct, shards["instruct"], steps=direct),
         },
     }

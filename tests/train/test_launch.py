@@ -39,9 +39,9 @@ def test_a_signal_is_passed_on_once_and_the_children_may_finish(tmp_path: Path) 
     script.write_text(
         "import subprocess, sys\n"
         "from mmit.train.launch import _Watch\n"
-        'code = "import signal, sys, time\\n"\n'
+        'code = "import os, signal, sys, time\\n"\n'
         'code += "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\\n"\n'
-        "code += \"print('ready', flush=True)\\ntime.sleep(60)\"\n"
+        "code += \"os.write(1, b'ready\\\\n')\\ntime.sleep(60)\"\n"
         "children = [subprocess.Popen([sys.executable, '-c', code], start_new_session=True) for _ in range(2)]\n"
         "print(_Watch(children).wait(), flush=True)\n"
     )
