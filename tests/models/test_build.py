@@ -95,7 +95,7 @@ def test_a_language_model_that_is_missing_or_incomplete_is_named(
         )
         return build_model(section, dtype=torch.float32, seed=0)
 
-    with pytest.raises(ConfigError, match="there is no directory .*nowhere"):
+    with pytest.raises(ConfigError, match=r"there is no directory .*nowhere"):
         build_with(tmp_path / "nowhere")
     directory = shutil.copytree(tiny_llm_dir(tmp_path / "llm"), tmp_path / "half")
     from safetensors.torch import load_file, save_file

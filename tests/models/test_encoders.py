@@ -172,7 +172,7 @@ def test_other_models_and_missing_ones_are_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ConfigError, match="holds a model of type 'bert'"):
         tower(tmp_path)
-    with pytest.raises(ConfigError, match="there is no directory .*nowhere"):
+    with pytest.raises(ConfigError, match=r"there is no directory .*nowhere"):
         tower(tmp_path / "nowhere")
 
 
