@@ -67,13 +67,13 @@ class LlmServer:
                     server._busy += 1
                     server.busiest = max(server.busiest, server._busy)
                 answer = script(body, number)
+                time.sleep(answer.delay)
+                with server._lock:  # before the answer leaves: its client may ask again at once
+                    server._busy -= 1
                 with contextlib.suppress(OSError):  # a client that gave up waiting
                     self.send(answer)
-                with server._lock:
-                    server._busy -= 1
 
             def send(self, answer: Answer) -> None:
-                time.sleep(answer.delay)
                 self.send_response(answer.status)
                 length = len(answer.body) if answer.claims is None else answer.claims
                 for name, value in {"Content-Length": str(length), **answer.headers}.items():
