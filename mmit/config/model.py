@@ -1,0 +1,132 @@
+"""The ``model`` section of a run file: encoder, connector and language model, or a model that exists."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    Discriminator,
+    Field,
+    Tag,
+)
+
+from mmit.config.sections import Section
+
+
+class TransformersEncoder(Section):
+    """A CLIP or SigLIP tower read by transformers."""
+
+    type: Literal["transformers"] = "transformers"
+    path: str
+    """Directory or hub name of a CLIP or SigLIP model."""
+    layer: int = -2
+    """Hidden state to take, counted as in transformers: -1 the last layer, -2 the one before it, 0 the embeddings."""
+    cls: Literal["drop", "keep"] = "drop"
+    """What becomes of the class token (SigLIP has none)."""
+    resize: Literal["pad", "squash", "crop"] = "pad"
+    """How a picture becomes square: padded with the mean colour, squashed, or cropped at the centre."""
+    exact_resize: bool = False
+    """True: resize with Pillow, bit for bit as LLaVA does; False: the faster route, at most two grey levels off."""
+
+
+class OpenClipEncoder(Section):
+    """A vision transformer read by open_clip."""
+
+    type: Literal["open_clip"]
+    name: str
+    """open_clip's model name, such as ``ViT-L-14-336``, or a JSON file with a model configuration."""
+    pretrained: str
+    """open_clip's tag, such as ``openai``, or a weight file."""
+    layer: int = -2
+    """Hidden state to take, counted as in transformers: -1 the last layer, -2 the one before it."""
+    cls: Literal["drop", "keep"] = "drop"
+    """What becomes of the class token."""
+    resize: Literal["pad", "squash", "crop"] = "pad"
+    """How a picture becomes square: padded with the mean colour, squashed, or cropped at the centre."""
+    exact_resize: bool = False
+    """True: resize with Pillow, bit for bit as LLaVA does; False: the faster route, at most two grey levels off."""
+
+
+class CustomPart(Section):
+    """An encoder or connector of one's own: ``type: package.module:Class``."""
+
+    type: str
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the class."""
+
+
+class LinearConnector(Section):
+    """One linear layer (LLaVA 1.0, arXiv 2304.08485)."""
+
+    type: Literal["linear"]
+
+
+class MlpConnector(Section):
+    """Linear layers with GELU between them (LLaVA 1.5, arXiv 2310.03744, uses two)."""
+
+    type: Literal["mlp"] = "mlp"
+    depth: Annotated[int, Field(ge=2, le=8)] = 2
+    """Number of linear layers."""
+
+
+def _kind(value: object) -> str:
+    kind = value.get("type", "") if isinstance(value, dict) else getattr(value, "type", "")
+    return "custom" if isinstance(kind, str) and ":" in kind else str(kind)
+
+
+Encoder = Annotated[
+    Annotated[TransformersEncoder, Tag("transformers")]
+    | Annotated[OpenClipEncoder, Tag("open_clip")]
+    | Annotated[CustomPart, Tag("custom")],
+    Discriminator(
+        _kind,
+        custom_error_type="unknown_type",
+        custom_error_message="'type' must be one of transformers, open_clip, or package.module:Class",
+    ),
+]
+Connector = Annotated[
+    Annotated[LinearConnector, Tag("linear")]
+    | Annotated[MlpConnector, Tag("mlp")]
+    | Annotated[CustomPart, Tag("custom")],
+    Discriminator(
+        _kind,
+        custom_error_type="unknown_type",
+        custom_error_message="'type' must be one of linear, mlp, or package.module:Class",
+    ),
+]
+
+
+class LanguageModel(Section):
+    """The causal language model."""
+
+    path: str
+    """Directory or hub name, anything that ``AutoModelForCausalLM`` builds."""
+    template: str = "own"
+    """Chat template: ``own`` (the tokenizer's), a ``.jinja`` file, or a built-in name such as ``vicuna``."""
+    text_style: Literal["hf", "llava"] = "hf"
+    """How text around images is tokenized: in one piece (``hf``), or each piece on its own as in LLaVA's code."""
+
+
+class ComposedModel(Section):
+    """A model composed of parts; the connector starts fresh."""
+
+    encoder: Encoder
+    connector: Connector = MlpConnector()
+    language_model: LanguageModel
+
+
+class WholeModel(Section):
+    """A model that exists: written by mmit, or a LLaVA directory in the layout of transformers."""
+
+    path: str
+    """The model directory, or a run's stage folder."""
+    template: str = "own"
+    """Chat template: ``own`` (the one the directory carries), a ``.jinja`` file, or a built-in name."""
+
+
+Model = Annotated[
+    Annotated[ComposedModel, Tag("parts")] | Annotated[WholeModel, Tag("whole")],
+    Discriminator(
+        lambda v: "whole" if ("path" in v if isinstance(v, dict) else isinstance(v, WholeModel)) else "parts"
+    ),
+]

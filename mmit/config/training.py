@@ -1,0 +1,107 @@
+"""One stage of training, and the launch."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+)
+
+from mmit.config.data import Batching, Data
+from mmit.config.sections import MANY, BelowOne, Fraction, Section
+
+
+class Optim(Section):
+    """AdamW and its schedule."""
+
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    warmup_fraction: Fraction = 0.03
+    """Share of the steps in which the learning rate rises linearly from 0."""
+    min_lr_fraction: Fraction = 0.0
+    """Where the schedule ends, as a share of the peak."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """Applied to matrices only; biases, norms and embeddings are left out."""
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    clip_norm: Annotated[float, Field(ge=0.0)] = 1.0
+    """Largest norm of the gradient over all trained parameters; 0 does not clip."""
+
+
+class Zero(Section):
+    """DeepSpeed ZeRO (arXiv 1910.02054)."""
+
+    stage: Annotated[int, Field(ge=0, le=3)] = 2
+    """What is partitioned over the ranks: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """Where the optimizer state lives and is updated."""
+    extra: dict[str, Any] = Field(default_factory=dict)
+    """Merged last into DeepSpeed's dictionary; keys that mmit sets itself are refused."""
+
+
+class Save(Section):
+    """Checkpoints of a stage."""
+
+    every_steps: PositiveInt = 500
+    """Steps between checkpoints."""
+    keep_last: PositiveInt = 2
+    """Complete checkpoints that are kept; older ones are removed."""
+
+
+class Log(Section):
+    """What is written while training."""
+
+    every_steps: PositiveInt = 1
+    """Steps between lines of the log; metrics.jsonl holds every step."""
+    by_source: bool = False
+    """Also write the loss of each source of the mixture, as ``loss_by_source``."""
+    tensorboard: bool = False
+    """Also write event files (needs the extra ``track``)."""
+
+
+class Stage(Section):
+    """One stage of training."""
+
+    init_from: str = "parts"
+    """Where the weights come from: ``parts`` (the ``model`` section), a stage of this file, or a model directory."""
+    train: Annotated[dict[str, Annotated[float, Field(ge=0.0)]], Field(min_length=1)]
+    """What is trained: part name (connector, language_model, vision_tower) or regular expression -> peak learning rate.
+    Later rules win; 0 freezes."""
+    data: Data
+    batch: Batching
+    epochs: Annotated[int, Field(ge=1, le=MANY)] = 1
+    """Passes over the mixture."""
+    max_steps: PositiveInt | None = None
+    """End earlier; the schedule is that of the shorter run."""
+    optim: Optim = Optim()
+    zero: Zero = Zero()
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, 20 to 25 percent more time."""
+    save: Save = Save()
+    log: Log = Log()
+
+    @field_validator("train")
+    @classmethod
+    def _patterns_compile(cls, rules: dict[str, float]) -> dict[str, float]:
+        for pattern in rules:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"'{pattern}' is no regular expression: {error}") from None
+        if not any(rules.values()):
+            raise ValueError("every learning rate is 0: nothing would be trained")
+        return rules
+
+
+class Launch(Section):
+    """How ``mmit train`` starts the ranks."""
+
+    cpu_ranks: PositiveInt = 1
+    """Ranks where there is no accelerator; with accelerators there is one for each."""
+    threads_per_rank: Annotated[int, Field(ge=0)] = 0
+    """CPU threads of each rank; 0 is cores / ranks."""
