@@ -91,7 +91,7 @@ def encode_conversation(
         raise DataError(f"record '{record}' has no trained token: no answer in it is to be learned; leave it out")
     labels = torch.full_like(ids, IGNORE)
     labels[:-1] = torch.where(trained[1:], ids[1:], IGNORE)
-    tiles = [torch.empty((0, 3, *spec.size), dtype=torch.uint8)]
+    tiles = [torch.empty((0, 3, *spec.canvas), dtype=torch.uint8)]
     if pixels and order:
         if not conversation.images:
             raise DataError(f"record '{record}' came without the bytes of its {len(order)} images")

@@ -59,6 +59,30 @@ class TilePlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class View:
+    """How one encoder sees a tile: size (H, W) in pixels, mean and std of pixels in 0..1, manner of resizing."""
+
+    size: Size
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    resize: Resize
+
+    def __post_init__(self) -> None:
+        if min(self.size) < 1:
+            raise ConfigError(f"image size {self.size} must be two numbers of pixels above 0")
+        if self.resize not in ("pad", "squash", "crop"):
+            raise ConfigError(f"image resize '{self.resize}' is none of pad, squash, crop")
+        if min(self.std) <= 0:
+            raise ConfigError(f"image std {self.std} must be above 0")
+
+    @property
+    def fill(self) -> tuple[int, int, int]:
+        """The mean colour as LLaVA rounds it: down."""
+        red, green, blue = (int(channel * 255) for channel in self.mean)
+        return red, green, blue
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImageSpec:
     """How an image becomes tiles; a property of the encoder and the connector, kept in every model directory.
 
@@ -70,6 +94,7 @@ class ImageSpec:
     exact: resize with PIL, bit for bit as LLaVA does.
     alpha: the colour behind transparent pixels.
     max_pixels: an image with more, by its header, is refused.
+    views: how further encoders see the tile, where several are fused; their pixels lie below the first one's.
     """
 
     size: Size
@@ -80,18 +105,14 @@ class ImageSpec:
     exact: bool = False
     alpha: Alpha = "white"
     max_pixels: int = DEFAULT_MAX_PIXELS
+    views: tuple[View, ...] = ()
 
     def __post_init__(self) -> None:
-        if min(self.size) < 1:
-            raise ConfigError(f"image size {self.size} must be two numbers of pixels above 0")
-        if self.resize not in ("pad", "squash", "crop"):
-            raise ConfigError(f"image resize '{self.resize}' is none of pad, squash, crop")
+        View(size=self.size, mean=self.mean, std=self.std, resize=self.resize)  # raises what is wrong with them
         if self.alpha not in ("white", "black", "mean"):
             raise ConfigError(f"image alpha '{self.alpha}' is none of white, black, mean")
         if self.tokens_per_tile < 1:
             raise ConfigError(f"tokens_per_tile is {self.tokens_per_tile}; an image needs at least one token")
-        if min(self.std) <= 0:
-            raise ConfigError(f"image std {self.std} must be above 0")
         if not 1 <= self.max_pixels <= _PIL_HARD_LIMIT:
             raise ConfigError(f"max_pixels is {self.max_pixels}; choose 1 to {_PIL_HARD_LIMIT}, PIL's own bound")
 
@@ -102,13 +123,23 @@ class ImageSpec:
         return TilePlan(tiles=1, tokens=self.tokens_per_tile)
 
     def prepare(self, data: bytes) -> Tensor:
-        """The tiles of an encoded image: (N, 3, H, W) uint8.
+        """The tiles of an encoded image: (N, 3, H, W) uint8; (H, W) is ``canvas``.
 
         Raises DataError with the reason if ``data`` is no image, is damaged, or is larger than ``max_pixels``.
         """
         image = _decode(data, self)
+        return self._tile(image)[None].contiguous()
+
+    def _tile(self, image: Image.Image) -> Tensor:
+        """One tile as all encoders see it: (3, H, W) uint8, their pixels from top to bottom."""
         route = WITH_PIL if self.exact else WITH_TORCH
-        return route[self.resize](image, self.size, self.fill)[None].contiguous()
+        seen = [route[view.resize](image, view.size, view.fill) for view in self.all_views]
+        if len(seen) == 1:
+            return seen[0]
+        canvas = torch.zeros((3, *self.canvas), dtype=torch.uint8)
+        for region, (top, view) in zip(seen, self.regions, strict=True):
+            canvas[:, top : top + view.size[0], : view.size[1]] = region
+        return canvas
 
     def fingerprint(self) -> str:
         """A short name of everything that decides the pixels and the token count."""
@@ -116,8 +147,9 @@ class ImageSpec:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; ``from_dict`` reads them back."""
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+        """Plain values for JSON; ``from_dict`` reads them back. No views, no key: fingerprints stay what they were."""
+        values = {name: _plain(value) for name, value in asdict(self).items()}
+        return {name: value for name, value in values.items() if name != "views" or value}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ImageSpec:
@@ -127,14 +159,31 @@ class ImageSpec:
         missing = sorted({"size", "mean", "std", "resize", "tokens_per_tile"} - set(values))
         if unknown or missing:
             raise ConfigError(f"an image spec lacks {missing} and has unknown keys {unknown}; known: {sorted(known)}")
-        plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        return cls(**plain)
+        plain = _with_tuples(values)
+        views = tuple(View(**_with_tuples(view)) for view in plain.pop("views", ()))
+        return cls(**plain, views=views)
+
+    @property
+    def all_views(self) -> tuple[View, ...]:
+        """How each encoder sees a tile, the first one's view first."""
+        return (View(size=self.size, mean=self.mean, std=self.std, resize=self.resize), *self.views)
+
+    @property
+    def regions(self) -> tuple[tuple[int, View], ...]:
+        """The first row of each view in the pixels of a tile, and the view; all begin at the left."""
+        heights = [view.size[0] for view in self.all_views]
+        return tuple((sum(heights[:i]), view) for i, view in enumerate(self.all_views))
+
+    @property
+    def canvas(self) -> Size:
+        """(H, W) of the pixels of a tile: of all views, one below the other."""
+        views = self.all_views
+        return sum(view.size[0] for view in views), max(view.size[1] for view in views)
 
     @property
     def fill(self) -> tuple[int, int, int]:
         """The mean colour as LLaVA rounds it: down."""
-        red, green, blue = (int(channel * 255) for channel in self.mean)
-        return red, green, blue
+        return self.all_views[0].fill
 
 
 def read_size(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Size:
@@ -148,10 +197,30 @@ def read_size(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Size:
 
 
 def normalize(pixels: Tensor, spec: ImageSpec) -> Tensor:
-    """Float32 input of the encoder, ``(x / 255 - mean) / std``, on the device of ``pixels``: (N, 3, H, W) uint8."""
-    mean = torch.tensor(spec.mean, device=pixels.device).view(1, 3, 1, 1)
-    std = torch.tensor(spec.std, device=pixels.device).view(1, 3, 1, 1)
+    """Float32 input of the encoder, ``(x / 255 - mean) / std``, on the device of ``pixels``: (N, 3, H, W) uint8.
+
+    Each view has its own mean and std; right of a view that is narrower than the widest stand meaningless numbers.
+    """
+    regions = spec.regions
+    if len(regions) == 1:
+        return _normalize(pixels, regions[0][1])
+    return torch.cat([_normalize(pixels[:, :, top : top + view.size[0]], view) for top, view in regions], dim=2)
+
+
+def _normalize(pixels: Tensor, view: View) -> Tensor:
+    mean = torch.tensor(view.mean, device=pixels.device).view(1, 3, 1, 1)
+    std = torch.tensor(view.std, device=pixels.device).view(1, 3, 1, 1)
     return (pixels.float() / 255 - mean) / std
+
+
+def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401  (a tree of settings)
+    if isinstance(value, dict):
+        return {name: _plain(below) for name, below in value.items()}
+    return [_plain(below) for below in value] if isinstance(value, tuple) else value
 
 
 # --- bytes to upright RGB ------------------------------------------------------------------------------------------

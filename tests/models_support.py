@@ -20,13 +20,13 @@ def sample(loaded: LoadedModel, *, text: Sequence[int], images: int, trained: in
     labels = torch.full_like(ids, IGNORE)
     if trained:
         labels[-trained - 1 : -1] = ids[-trained:]
-    pixels = torch.randint(0, 256, (images, 3, *model.spec.size), generator=generator, dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (images, 3, *model.spec.canvas), generator=generator, dtype=torch.uint8)
     return Encoded(id=f"s{seed}", input_ids=ids, labels=labels, pixels=pixels)
 
 
 def batch_of(loaded: LoadedModel, rows: list[list[Encoded]]) -> Batch:
     """The rows as the loader would hand them over."""
-    return collate(rows, pad_id=loaded.pad_id, image_size=loaded.model.spec.size)
+    return collate(rows, pad_id=loaded.pad_id, image_size=loaded.model.spec.canvas)
 
 
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:

@@ -54,7 +54,7 @@ def prompt_ids(loaded: LoadedModel, conversation: Conversation) -> Tensor:
 def prompt_tiles(loaded: LoadedModel, conversation: Conversation) -> Tensor:
     """All pictures of a conversation as the encoder takes them: (N, 3, H, W) uint8."""
     spec = loaded.model.spec
-    none = torch.empty((0, 3, *spec.size), dtype=torch.uint8)
+    none = torch.empty((0, 3, *spec.canvas), dtype=torch.uint8)
     return torch.cat([none, *(_named(ref, spec.prepare, conversation) for ref in conversation.image_refs)])
 
 

@@ -43,7 +43,7 @@ def answer_loss(
             ]
             for conversation in changed[start : start + batch_size]
         ]
-        batch = collate(rows, pad_id=loaded.pad_id, image_size=loaded.model.spec.size)
+        batch = collate(rows, pad_id=loaded.pad_id, image_size=loaded.model.spec.canvas)
         with torch.no_grad():
             total += float(loaded.model(batch.to(device)))
         tokens += batch.trained_tokens

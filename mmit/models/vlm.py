@@ -202,7 +202,7 @@ class VisionLanguageModel(nn.Module):
         weight = next(iter(parameters.values()))
         before = {name: parameter.requires_grad for name, parameter in parameters.items()}
         self.vision_tower.requires_grad_(True)
-        tile = torch.zeros((1, 3, *self.spec.size), device=weight.device, dtype=weight.dtype)
+        tile = torch.zeros((1, 3, *self.spec.canvas), device=weight.device, dtype=weight.dtype)
         with torch.enable_grad():
             patches = self.vision_tower(tile)
             gradients = torch.autograd.grad(patches.sum(), list(parameters.values()), allow_unused=True)

@@ -107,7 +107,7 @@ class Feed:
             rows_per_micro_batch=self.stage.batch.rows_per_micro_batch,
             workers=self.stage.data.workers,
             pad_id=self.pad_id,
-            image_size=self.encode.spec.size,
+            image_size=self.encode.spec.canvas,
             start_step=start_step,
             max_skipped=self.stage.data.max_skipped,
             on_missing_shard=self.stage.data.on_missing_shard,
