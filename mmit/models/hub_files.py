@@ -29,30 +29,9 @@ _NOISE = (
 )
 
 
-def why_not_llava(model: VisionLanguageModel) -> str | None:
-    """Why transformers' LlavaForConditionalGeneration cannot hold this model, or None where it can."""
-    from mmit.models.connectors import MlpProjector
-
-    connector, language_model = model.multi_modal_projector, model.language_model
-    head = language_model.get_output_embeddings()
-    if not is_clip_like(model.vision_tower):
-        return f"the encoder {type(model.vision_tower).__name__} is neither CLIP nor SigLIP"
-    if not isinstance(connector, MlpProjector) or connector.depth != 2:
-        depth = f" of {connector.depth} layers" if isinstance(connector, MlpProjector) else ""
-        return f"its projector has exactly two linear layers, this connector is {type(connector).__name__}{depth}"
-    if not model.head_is_plain or not isinstance(head, nn.Linear) or head.bias is not None:
-        return f"its head is a plain matrix, the one of {type(language_model).__name__} does more"
-    if language_model.base_model_prefix != "model":
-        return f"the tensors of {type(language_model).__name__} are not named model.* and lm_head.*"
-    return None
-
-
-def model_config(model: VisionLanguageModel, *, pad_id: int, dtype: torch.dtype) -> dict[str, Any]:
-    """``config.json``: LLaVA's where transformers can hold the model, else the same fields under mmit's own type."""
-    is_llava = why_not_llava(model) is None
+def common_config(model: VisionLanguageModel, *, pad_id: int, dtype: torch.dtype) -> dict[str, Any]:
+    """What ``config.json`` says of image token, language model and tower, alike in all formats of transformers."""
     config: dict[str, Any] = {
-        "architectures": ["LlavaForConditionalGeneration" if is_llava else "mmit.VisionLanguageModel"],
-        "model_type": "llava" if is_llava else "mmit",
         "image_token_index": model.image_id,
         "image_seq_length": model.spec.tokens_per_tile,
         "pad_token_id": pad_id,
@@ -61,8 +40,6 @@ def model_config(model: VisionLanguageModel, *, pad_id: int, dtype: torch.dtype)
         "torch_dtype": str(dtype).removeprefix("torch."),
         "transformers_version": transformers.__version__,
     }
-    if is_llava:
-        config |= {"ignore_index": -100, "projector_hidden_act": "gelu", "multimodal_projector_bias": True}
     if is_clip_like(model.vision_tower):
         assert isinstance(model.vision_tower, LayeredTower), "all that is_clip_like knows are"
         config |= {

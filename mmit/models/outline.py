@@ -20,7 +20,8 @@ from mmit.images import ImageSpec
 from mmit.models.build import image_spec
 from mmit.models.connectors import Connector, build_connector
 from mmit.models.encoders import VisionEncoder, build_encoder
-from mmit.models.load import find_model_directory, frame_tower, image_token, read_json, stored_spec
+from mmit.models.formats import detect, read_contents
+from mmit.models.load import find_model_directory
 from mmit.templates import ChatTemplate
 from mmit.tokenizer import load_tokenizer, prepare_tokenizer
 
@@ -66,24 +67,28 @@ def _of_parts(section: ComposedModel) -> Outline:
 
 
 def _of_directory(section: WholeModel) -> Outline:
-    directory = find_model_directory(section.path)
-    config = read_json(directory / "config.json")
-    own = read_json(directory / "mmit.json") if (directory / "mmit.json").is_file() else {}
-    prepared = prepare_tokenizer(load_tokenizer(str(directory)))
+    contents = read_contents(find_model_directory(section.path))
+    form = detect(contents)
+    prepared = form.tokenizer(contents)
     with no_init_weights():
-        tower, _ = frame_tower(directory, config, own, dtype=torch.float32)
-    text = dict(config.get("text_config", {}))
-    text_config: Any = AutoConfig.for_model(text.pop("model_type", "llama"), **text)
-    described = TypeAdapter(ConnectorSection).validate_python(own.get("connector") or {"type": "mlp", "depth": 2})
+        tower, _ = form.tower(contents, torch.float32)
+    assert isinstance(tower, VisionEncoder)
+    text = form.text_config(contents)
+    text_config: Any = AutoConfig.for_model(text.get("model_type", "llama"), **_without_type(text))
+    described = TypeAdapter(ConnectorSection).validate_python(form.connector(contents))
     connector = _connector(described, tower, text_config.hidden_size)
     return Outline(
         tokenizer=prepared.tokenizer,
         template=ChatTemplate.load(section.template, prepared.tokenizer),
-        spec=stored_spec(directory, own, tower.image, tokens=connector.tokens(tower.patches)),
-        image_id=image_token(directory, config),
+        spec=form.spec(contents, tower.image, connector.tokens(tower.patches)),
+        image_id=prepared.image_id,
         pad_id=prepared.pad_id,
-        style=own.get("text_style", "hf"),
+        style=form.style(contents),
     )
+
+
+def _without_type(text_config: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in text_config.items() if name != "model_type"}
 
 
 def _connector(section: ConnectorSection, tower: VisionEncoder, width_out: int) -> Connector:

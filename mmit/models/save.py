@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmit.errors import CheckpointError
-from mmit.models import hub_files
+from mmit.models.formats import choose_writer
+from mmit.models.formats.own import OWN
 from mmit.models.layout import is_clip_like, tensors_of, to_disk
 from mmit.models.loaded import FORMAT, LoadedModel
-from mmit.models.weights import INDEX
+from mmit.models.stored import INDEX
 from mmit.templates import ChatTemplate
 
 SHARD_BYTES = 5 * 10**9
@@ -72,15 +73,22 @@ def _write(
     names = [name for name, _ in tensors_of(model)]
     tensors = dict(tensors_of(model)) if state is None else {name: state[name] for name in names}
     dtype = next(tensors[name].dtype for name in names if tensors[name].is_floating_point())
-    _write_weights(to_disk(model.vision_tower, {name: t.detach().cpu() for name, t in tensors.items()}), directory)
-    _write_json(directory / "config.json", hub_files.model_config(model, pad_id=loaded.pad_id, dtype=dtype))
-    if is_clip_like(model.vision_tower):
-        _write_json(directory / "processor_config.json", hub_files.processor_config(model))
-    _write_json(directory / "preprocessor_config.json", hub_files.preprocessor_config(model.spec))
-    _write_tokenizer(loaded, template, directory)
+    form, writer, reasons = choose_writer(model)
+    stored = to_disk(model.vision_tower, {name: t.detach().cpu() for name, t in tensors.items()})
+    _write_weights({writer.disk_name(name): tensor for name, tensor in stored.items()}, directory)
+    _write_json(directory / "config.json", writer.config(loaded, dtype))
+    for name, content in writer.files(loaded).items():
+        _write_json(directory / name, content)
+    _write_tokenizer(loaded, template, directory, processor_class=writer.processor_class)
     _write_json(directory / "generation_config.json", _generation_config(loaded, template))
     _write_open_clip(loaded, directory)
-    _write_json(directory / "mmit.json", _own_description(loaded, template, made_from))
+    own = _own_description(loaded, template, made_from)
+    _write_json(directory / "mmit.json", own | _layout(form.name, reasons))
+
+
+def _layout(name: str, reasons: Sequence[str]) -> dict[str, Any]:
+    """Which format this is, and why transformers has no class for a model that is in mmit's own."""
+    return {"layout": name} | ({"not_llava_because": "; ".join(reasons)} if name == OWN.name else {})
 
 
 def _write_weights(tensors: dict[str, Tensor], directory: Path) -> None:
@@ -94,14 +102,14 @@ def _write_weights(tensors: dict[str, Tensor], directory: Path) -> None:
         _write_json(directory / INDEX, index)
 
 
-def _write_tokenizer(loaded: LoadedModel, template: ChatTemplate, directory: Path) -> None:
+def _write_tokenizer(loaded: LoadedModel, template: ChatTemplate, directory: Path, *, processor_class: str) -> None:
     tokenizer = loaded.tokenizer
     tokenizer.save_pretrained(directory)
     (directory / "chat_template.jinja").write_text(template.jinja, encoding="utf-8")
     file = directory / "tokenizer_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     config.pop("chat_template", None)
-    config["processor_class"] = "LlavaProcessor"
+    config["processor_class"] = processor_class
     if str(config.get("tokenizer_class", "")).startswith("LlamaTokenizer"):
         # transformers 5 does not save it, and 4 takes True where it is not said: other ids after every </s>
         config["legacy"] = bool(getattr(tokenizer, "legacy", False))
@@ -126,11 +134,8 @@ def _write_open_clip(loaded: LoadedModel, directory: Path) -> None:
 
 
 def _own_description(loaded: LoadedModel, template: ChatTemplate, made_from: Mapping[str, Any]) -> dict[str, Any]:
-    reason = hub_files.why_not_llava(loaded.model)
     return {
         "format": FORMAT,
-        "layout": "llava" if reason is None else "own",
-        **({} if reason is None else {"not_llava_because": reason}),
         "template": template.name,
         "text_style": loaded.style,
         "images": loaded.model.spec.to_dict(),

@@ -1,0 +1,58 @@
+"""Formats: the layouts of model directories that can be read and written, one module each, and the table of them.
+
+    directory --read_contents--> Contents --detect--> Format --> tower, connector, tokenizer, spec, tensors
+
+A format is found by what a directory holds, never by its name. A new one is a module with a ``Format`` and a line in
+the table.
+"""
+
+from __future__ import annotations
+
+from mmit.errors import CheckpointError
+from mmit.models.formats.contents import Contents, read_contents, read_json
+from mmit.models.formats.form import Format, Writer
+from mmit.models.formats.llava import LLAVA
+from mmit.models.formats.own import OWN
+from mmit.models.loaded import FORMAT
+from mmit.models.vlm import VisionLanguageModel
+
+FORMATS: tuple[Format, ...] = (LLAVA, OWN)
+"""All formats, in the order in which they are asked; for writing, the first one that can hold the model is taken."""
+
+__all__ = ["FORMATS", "Contents", "Format", "Writer", "choose_writer", "detect", "read_contents", "read_json"]
+
+
+def detect(contents: Contents) -> Format:
+    """The format of a model directory. Raises CheckpointError for one that is unknown or cannot be read."""
+    directory, config = contents.directory, contents.config
+    if "mm_vision_tower" in config:
+        raise CheckpointError(
+            f"{directory} has the layout of LLaVA's original code (mm_vision_tower in config.json), which cannot be "
+            "read; models in the layout of transformers (model_type llava, safetensors) can"
+        )
+    if int(contents.own.get("format", 0)) > FORMAT:
+        raise CheckpointError(
+            f"{directory}/mmit.json has format {contents.own['format']}, newer than {FORMAT}: update mmit"
+        )
+    for form in FORMATS:
+        if form.recognises(contents):
+            form.check(contents)
+            return form
+    titles = "; ".join(form.title for form in FORMATS)
+    raise CheckpointError(
+        f"{directory} holds a model of type '{config.get('model_type')}', which is none of the formats that can be "
+        f"read: {titles}"
+    )
+
+
+def choose_writer(model: VisionLanguageModel) -> tuple[Format, Writer, tuple[str, ...]]:
+    """The first format that can hold ``model``, its writer, and why the formats before it cannot."""
+    reasons: list[str] = []
+    for form in FORMATS:
+        if form.write is None:
+            continue
+        reason = form.write.why_not(model)
+        if reason is None:
+            return form, form.write, tuple(reasons)
+        reasons.append(reason)
+    raise AssertionError("mmit's own layout holds every model")

@@ -1,0 +1,71 @@
+"""What a model directory says of itself: the JSON files that decide its format, read once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmit.errors import CheckpointError
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """A model directory: ``config.json``, and ``mmit.json`` (empty in a directory that mmit did not write)."""
+
+    directory: Path
+    config: Json
+    own: Json
+
+    def image_processor(self) -> Mapping[str, Any]:
+        """Settings of the image processor: its own file (transformers 4), or part of ``processor_config.json`` (5)."""
+        alone = self.directory / "preprocessor_config.json"
+        if alone.is_file():
+            return read_json(alone)
+        joined = self.directory / "processor_config.json"
+        if joined.is_file() and "image_processor" in (inside := read_json(joined)):
+            return inside["image_processor"]
+        raise CheckpointError(
+            f"{self.directory} lacks preprocessor_config.json: the mean and std of its pixels are unknown"
+        )
+
+    def image_token(self) -> int:
+        """The id of the image token. Both names occur in directories that transformers wrote."""
+        for name in ("image_token_index", "image_token_id"):
+            if isinstance(self.config.get(name), int):
+                return self.config[name]
+        raise CheckpointError(f"{self.directory}/config.json lacks image_token_index")
+
+    def text_config(self) -> Json:
+        """The language model's configuration. Raises CheckpointError where there is none."""
+        found = self.config.get("text_config")
+        if not isinstance(found, dict):
+            raise CheckpointError(f"{self.directory}/config.json lacks text_config, which describes the language model")
+        return found
+
+
+def read_contents(directory: Path) -> Contents:
+    """The contents of a model directory. Raises CheckpointError for a file that is missing or damaged."""
+    own = directory / "mmit.json"
+    return Contents(
+        directory=directory,
+        config=read_json(directory / "config.json"),
+        own=read_json(own) if own.is_file() else {},
+    )
+
+
+def read_json(file: Path) -> Json:
+    """A JSON file of a model directory. Raises CheckpointError."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} is damaged: it must hold one JSON object")
+    return content

@@ -1,0 +1,72 @@
+"""What a format is: how a directory of this layout is known, read and written.
+
+A format answers questions about a directory before any weight is read: its tower and language model as frames without
+weights, the run-file section of its connector, its tokenizer and image spec, and where each tensor lies. ``load`` puts
+the answers together, ``outline`` asks only what encoding data needs, ``save`` uses the writer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from mmit.images import ImageSpec
+from mmit.models.encoders import ImageInput
+from mmit.models.formats.contents import Contents, Json
+from mmit.models.loaded import LoadedModel
+from mmit.models.stored import StoredTensors
+from mmit.models.vlm import VisionLanguageModel
+from mmit.tokenizer import PreparedTokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writer:
+    """How a model is written in a format.
+
+    why_not: why the format cannot hold a model, or None where it can. config: ``config.json``. files: the further JSON
+    files, by name. disk_name: the format's name for a tensor that the hub's LLaVA models call so (see layout.py).
+    """
+
+    why_not: Callable[[VisionLanguageModel], str | None]
+    config: Callable[[LoadedModel, torch.dtype], Json]
+    files: Callable[[LoadedModel], Mapping[str, Json]]
+    processor_class: str = "LlavaProcessor"
+    disk_name: Callable[[str], str] = str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """One layout of model directories. All functions raise CheckpointError that names the file.
+
+    name: in ``mmit.json`` and on the command line. title: in messages. recognises: by contents, never by a path.
+    check: refuses what is recognised but cannot be read. tower: the encoder with unset weights, and the run-file
+    section that describes it. connector: the section that describes it. tokenizer: with ``<image>`` and padding, whose
+    image id is the model's. spec: from what the tower takes and the image tokens of a tile. style: how text around
+    images is tokenized. tensors: the weights by the names of ``layout.disk_names``, for this tower.
+    """
+
+    name: str
+    title: str
+    recognises: Callable[[Contents], bool]
+    check: Callable[[Contents], None]
+    tower: Callable[[Contents, torch.dtype], tuple[nn.Module, Json]]
+    connector: Callable[[Contents], Json]
+    text_config: Callable[[Contents], Json]
+    tokenizer: Callable[[Contents], PreparedTokenizer]
+    spec: Callable[[Contents, ImageInput, int], ImageSpec]
+    style: Callable[[Contents], Literal["hf", "llava"]]
+    tensors: Callable[[Contents, nn.Module], StoredTensors]
+    write: Writer | None = None
+
+
+def no_further_check(_: Contents) -> None:
+    """For formats whose recognition leaves nothing to refuse."""
+
+
+def section_of(contents: Contents, part: str, *, default: Mapping[str, Any]) -> Json:
+    """The run-file section of a part that ``mmit.json`` keeps, else ``default``."""
+    return dict(contents.own.get(part) or default)

@@ -1,0 +1,156 @@
+"""LLaVA in the layout of transformers (``LlavaForConditionalGeneration``), as versions 4 and 5 write it.
+
+The other formats of transformers differ from it in a few functions and take the rest from here.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+from mmit.config import CustomPart
+from mmit.errors import CheckpointError
+from mmit.images import ImageSpec
+from mmit.models import hub_files
+from mmit.models.connectors import MlpProjector
+from mmit.models.encoders import Cls, ImageInput, LayeredTower, build_encoder, tower_from_config
+from mmit.models.formats.contents import Contents, Json
+from mmit.models.formats.form import Format, Writer, section_of
+from mmit.models.layout import hub_name, is_clip_like
+from mmit.models.loaded import LoadedModel
+from mmit.models.stored import Source, StoredTensors, weight_files
+from mmit.models.vlm import VisionLanguageModel
+from mmit.tokenizer import PreparedTokenizer, load_tokenizer, prepare_tokenizer
+
+PROJECTOR = {"type": "mlp", "depth": 2}
+"""The connector of every LLaVA model of transformers, as a section of a run file."""
+
+
+def is_llava(contents: Contents) -> bool:
+    """True where ``config.json`` is that of a LLaVA model of transformers."""
+    return contents.config.get("model_type") == "llava"
+
+
+def check(contents: Contents) -> None:
+    """Raise CheckpointError where the language model is not described."""
+    contents.text_config()
+
+
+def tower(contents: Contents, dtype: torch.dtype) -> tuple[nn.Module, Json]:
+    """The encoder of a model directory with unset weights, and the section that describes it."""
+    config, directory = contents.config, contents.directory
+    encoder = section_of(contents, "encoder", default={"type": "transformers", "path": str(directory)})
+    cls: Cls = "keep" if config.get("vision_feature_select_strategy") == "full" else "drop"
+    if "vision_config" in config:
+        layer = config.get("vision_feature_layer", -2)  # transformers' default, which version 4 leaves out
+        if not isinstance(layer, int):
+            raise CheckpointError(
+                f"{directory}/config.json: vision_feature_layer {layer}: one layer can be read, not several"
+            )
+        made = tower_from_config(config["vision_config"], contents.image_processor(), layer=layer, cls=cls, dtype=dtype)
+        return made, encoder | {"layer": layer, "cls": cls}
+    if encoder.get("type") == "open_clip":
+        from mmit.models.open_clip_encoder import open_clip_from_directory
+
+        layer = int(encoder["layer"])
+        return open_clip_from_directory(directory, layer=layer, cls=encoder["cls"], dtype=dtype), encoder
+    return build_encoder(CustomPart.model_validate(encoder), dtype=dtype), encoder
+
+
+def connector(contents: Contents) -> Json:
+    """The connector's section of a run file."""
+    return section_of(contents, "connector", default=PROJECTOR)
+
+
+def tokenizer(contents: Contents) -> PreparedTokenizer:
+    """The directory's tokenizer. Raises CheckpointError where its ``<image>`` is not the model's image token."""
+    prepared = prepare_tokenizer(load_tokenizer(str(contents.directory)))
+    image_id = contents.image_token()
+    if prepared.image_id != image_id:
+        raise CheckpointError(
+            f"{contents.directory}: config.json has image token {image_id}, but the tokenizer's <image> is "
+            f"{prepared.image_id}"
+        )
+    return prepared
+
+
+def spec(contents: Contents, image: ImageInput, tokens: int) -> ImageSpec:
+    """The image spec of ``mmit.json``, or the one that the image processor of transformers amounts to."""
+    if "images" in contents.own:
+        return ImageSpec.from_dict(contents.own["images"])
+    processor = contents.image_processor()
+    resize: Literal["pad", "squash", "crop"] = "squash"
+    if processor.get("do_pad") and processor.get("image_processor_type", "").startswith("Llava"):
+        resize = "pad"
+    elif processor.get("do_center_crop"):
+        resize = "crop"
+    return ImageSpec(size=image.size, mean=image.mean, std=image.std, resize=resize, tokens_per_tile=tokens)
+
+
+def style(contents: Contents) -> Literal["hf", "llava"]:
+    """As ``mmit.json`` says; transformers' own style in a directory that mmit did not write."""
+    return contents.own.get("text_style", "hf")
+
+
+def tensors(contents: Contents, made: nn.Module) -> StoredTensors:
+    """The weights, whichever of transformers' three layouts of names they have."""
+    clip_like = is_clip_like(made)
+    source = Source(
+        files=weight_files(contents.directory), rename=lambda stored: hub_name(stored, is_clip_like=clip_like)
+    )
+    return StoredTensors([source], where=contents.directory)
+
+
+def why_not(model: VisionLanguageModel) -> str | None:
+    """Why transformers' LlavaForConditionalGeneration cannot hold this model, or None where it can."""
+    projector, language_model = model.multi_modal_projector, model.language_model
+    head = language_model.get_output_embeddings()
+    if not is_clip_like(model.vision_tower):
+        return f"the encoder {type(model.vision_tower).__name__} is neither CLIP nor SigLIP"
+    if not isinstance(projector, MlpProjector) or projector.depth != 2:
+        depth = f" of {projector.depth} layers" if isinstance(projector, MlpProjector) else ""
+        return f"its projector has exactly two linear layers, this connector is {type(projector).__name__}{depth}"
+    if not model.head_is_plain or not isinstance(head, nn.Linear) or head.bias is not None:
+        return f"its head is a plain matrix, the one of {type(language_model).__name__} does more"
+    if language_model.base_model_prefix != "model":
+        return f"the tensors of {type(language_model).__name__} are not named model.* and lm_head.*"
+    return None
+
+
+def config(loaded: LoadedModel, dtype: torch.dtype) -> Json:
+    """``config.json`` of a LLaVA model."""
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        **hub_files.common_config(loaded.model, pad_id=loaded.pad_id, dtype=dtype),
+        "ignore_index": -100,
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+    }
+
+
+def files(loaded: LoadedModel) -> dict[str, Json]:
+    """The processor's settings, for transformers 4 and 5."""
+    found = {"preprocessor_config.json": hub_files.preprocessor_config(loaded.spec)}
+    if is_clip_like(loaded.model.vision_tower):
+        assert isinstance(loaded.model.vision_tower, LayeredTower), "all that is_clip_like knows are"
+        found["processor_config.json"] = hub_files.processor_config(loaded.model)
+    return found
+
+
+LLAVA = Format(
+    name="llava",
+    title="LLaVA in the layout of transformers",
+    recognises=is_llava,
+    check=check,
+    tower=tower,
+    connector=connector,
+    text_config=Contents.text_config,
+    tokenizer=tokenizer,
+    spec=spec,
+    style=style,
+    tensors=tensors,
+    write=Writer(why_not=why_not, config=config, files=files),
+)
