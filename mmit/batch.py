@@ -21,12 +21,14 @@ class Encoded:
     input_ids: (T,) int64; every image token holds the image token id.
     labels: (T,) int64, **already shifted**: ``labels[t]`` is what position t has to predict, or IGNORE (so the last).
     pixels: (N, 3, H, W) uint8 tiles in the order of their placeholders; N may be 0.
+    features: (N, P, D_vision) bf16, where the encoder's cached outputs are used in place of pixels.
     """
 
     id: str
     input_ids: Tensor
     labels: Tensor
     pixels: Tensor
+    features: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -73,6 +75,7 @@ class Batch:
     sample_ids: ids of the samples inside, for error messages and the record of what was seen.
     tokens: tokens of the samples, without padding.
     by_source: where the loss of each source of the mixture is asked for; else None.
+    features: (N, P, D_vision) bf16, what the encoder made of the tiles; there are no pixels then.
     """
 
     input_ids: Tensor
@@ -83,6 +86,12 @@ class Batch:
     sample_ids: tuple[str, ...]
     tokens: int
     by_source: BySource | None = None
+    features: Tensor | None = None
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of all rows."""
+        return (self.pixels if self.features is None else self.features).shape[0]
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on ``device``."""
@@ -92,6 +101,7 @@ class Batch:
             position_ids=self.position_ids.to(device, non_blocking=True),
             labels=self.labels.to(device, non_blocking=True),
             pixels=self.pixels.to(device, non_blocking=True),
+            features=None if self.features is None else self.features.to(device, non_blocking=True),
             by_source=self.by_source and self.by_source.to(device),
         )
 
@@ -103,6 +113,7 @@ class Batch:
             position_ids=self.position_ids.pin_memory(),
             labels=self.labels.pin_memory(),
             pixels=self.pixels.pin_memory(),
+            features=None if self.features is None else self.features.pin_memory(),
         )
 
 
@@ -111,6 +122,7 @@ def collate(
     *,
     pad_id: int,
     image_size: tuple[int, int],
+    feature_size: tuple[int, int] | None = None,
     sources: list[list[int]] | None = None,
     source_count: int = 0,
 ) -> Batch:
@@ -118,6 +130,7 @@ def collate(
 
     rows: B lists of samples; an empty list gives a row of padding only.
     image_size: (H, W), used for the shape of an empty ``pixels``.
+    feature_size: (P, D_vision) where the samples carry features.
     sources: the source of each sample, of ``source_count``; gives the batch its ``by_source``.
     """
     width = max((sum(sample.length for sample in row) for row in rows), default=0)
@@ -126,6 +139,7 @@ def collate(
     labels = torch.full((len(rows), width), IGNORE, dtype=torch.int64)
     position_ids = torch.zeros((len(rows), width), dtype=torch.int64)
     pixels: list[Tensor] = []
+    features: list[Tensor] = []
     for r, row in enumerate(rows):
         start = 0
         for sample in row:
@@ -135,6 +149,8 @@ def collate(
             position_ids[r, start:end] = torch.arange(sample.length)
             if sample.pixels.shape[0]:
                 pixels.append(sample.pixels)
+            if sample.features is not None:
+                features.append(sample.features)
             start = end
         position_ids[r, start:] = torch.arange(width - start)
     return Batch(
@@ -146,6 +162,7 @@ def collate(
         sample_ids=tuple(sample.id for row in rows for sample in row),
         tokens=sum(sample.length for row in rows for sample in row),
         by_source=None if sources is None else _by_source(rows, sources, source_count),
+        features=feature_size and torch.cat([torch.zeros((0, *feature_size), dtype=torch.bfloat16), *features]),
     )
 
 

@@ -11,7 +11,7 @@ so that a Llama tokenizer puts a space token after each image.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -73,8 +73,11 @@ def encode_conversation(
     image_id: int,
     style: Style = "hf",
     pixels: bool = True,
+    features: Callable[[bytes], Tensor] | None = None,
 ) -> Encoded:
     """One sample for the model. ``pixels=False`` decodes nothing: lengths are known from ``conversation.sizes``.
+
+    features: gives what the encoder makes of an encoded image, (tiles, P, D_vision); taken in place of its pixels.
 
     Raises DataError, naming the record, if the images and their places do not match, an image cannot be read, the
     conversation breaks a rule of turns.py, or no token of it would be trained.
@@ -92,11 +95,19 @@ def encode_conversation(
     labels = torch.full_like(ids, IGNORE)
     labels[:-1] = torch.where(trained[1:], ids[1:], IGNORE)
     tiles = [torch.empty((0, 3, *spec.canvas), dtype=torch.uint8)]
+    found: list[Tensor] = []
     if pixels and order:
         if not conversation.images:
             raise DataError(f"record '{record}' came without the bytes of its {len(order)} images")
-        tiles = [_prepare(conversation.images[index], spec, record, index) for index in order]
-    return Encoded(id=record, input_ids=ids, labels=labels, pixels=torch.cat(tiles))
+        taken, take = (tiles, spec.prepare) if features is None else (found, features)
+        taken += [_taken(take, conversation.images[index], record, index) for index in order]
+    return Encoded(
+        id=record,
+        input_ids=ids,
+        labels=labels,
+        pixels=torch.cat(tiles),
+        features=torch.cat(found) if found else None,
+    )
 
 
 def show_tokens(encoded: Encoded, tokenizer: PreTrainedTokenizerBase, *, image_id: int) -> list[tuple[str, bool]]:
@@ -235,11 +246,12 @@ def _sizes(conversation: Conversation, spec: ImageSpec) -> Sequence[tuple[int, i
         raise DataError(f"record '{conversation.id}': {error}") from error
 
 
-def _prepare(data: bytes, spec: ImageSpec, record: str, index: int) -> Tensor:
+def _taken(take: Callable[[bytes], Tensor], data: bytes, record: str, index: int) -> Tensor:
     try:
-        return spec.prepare(data)
+        return take(data)
     except DataError as error:
-        raise DataError(f"record '{record}', image {index}: {error}") from error
+        error.args = (f"record '{record}', image {index}: {error}",)  # its kind decides what becomes of the run
+        raise
 
 
 def _text_of(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:

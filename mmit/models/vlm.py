@@ -71,23 +71,25 @@ class VisionLanguageModel(nn.Module):
 
     def images(self, pixels: Tensor) -> Tensor:
         """Image tokens (N, Q, D) of uint8 tiles (N, 3, H, W); a tower that does not train runs without gradients."""
-        weight = next(self.vision_tower.parameters())
         tower_trains = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and tower_trains):
-            patches = self.vision_tower(normalize(pixels, self.spec).to(weight.dtype))  # (N, P, D_vision)
+            patches = tower_features(self.vision_tower, pixels, self.spec)  # (N, P, D_vision)
         return self.multi_modal_projector(patches)
 
-    def embed(self, input_ids: Tensor, pixels: Tensor) -> Tensor:
+    def embed(self, input_ids: Tensor, pixels: Tensor, features: Tensor | None = None) -> Tensor:
         """Input embeddings (B, T, D) with the image tokens of ``pixels`` in their places.
 
-        input_ids: (B, T); pixels: (N, 3, H, W) uint8 in reading order, N may be 0. Raises DataError where the number
-        of places is not N times the tokens of a tile.
+        input_ids: (B, T); pixels: (N, 3, H, W) uint8 in reading order, N may be 0; features: (N, P, D_vision), what the
+        tower makes of the tiles, in their place. Raises DataError where the number of places is not N times the tokens
+        of a tile.
         """
         places = (input_ids.view(-1) == self.image_id).nonzero().view(-1)
-        tiles = pixels.shape[0]
         embeddings = self.language_model.get_input_embeddings()(input_ids)
+        given = pixels if features is None else features.to(embeddings.dtype)
+        tiles = given.shape[0]
         # A rank without images runs one zero tile times 0.0: ranks that skipped the tower would wait for each other.
-        images = self.images(pixels if tiles else pixels.new_zeros((1, *pixels.shape[1:])))
+        given = given if tiles else given.new_zeros((1, *given.shape[1:]))
+        images = self.images(given) if features is None else self.multi_modal_projector(given)
         if len(places) != tiles * images.shape[1]:
             raise DataError(
                 f"{len(places)} image placeholders but {tiles} tiles x {images.shape[1]} tokens; "
@@ -101,7 +103,7 @@ class VisionLanguageModel(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """The scalar fp32 sum of -log p over the labelled positions of ``batch``; 0 where there is none."""
-        embeddings = self.embed(batch.input_ids, batch.pixels)
+        embeddings = self.embed(batch.input_ids, batch.pixels, batch.features)
         labels = batch.labels.view(-1)
         places = (labels != IGNORE).nonzero().view(-1)
         if not self.head_is_plain:
@@ -119,7 +121,7 @@ class VisionLanguageModel(nn.Module):
     def logits(self, batch: Batch) -> Tensor:
         """Logits (B, T, V) at every position, by the language model's own forward."""
         return self.language_model(
-            inputs_embeds=self.embed(batch.input_ids, batch.pixels),
+            inputs_embeds=self.embed(batch.input_ids, batch.pixels, batch.features),
             position_ids=batch.position_ids,
             attention_mask=self._mask(batch.position_ids),
             use_cache=False,
@@ -211,3 +213,8 @@ class VisionLanguageModel(nn.Module):
         return {
             f"vision_tower.{name}" for name, gradient in zip(parameters, gradients, strict=True) if gradient is None
         }
+
+
+def tower_features(tower: nn.Module, pixels: Tensor, spec: ImageSpec) -> Tensor:
+    """What ``tower`` makes of uint8 tiles (N, 3, H, W): (N, P, D_vision) in the dtype of its weights."""
+    return tower(normalize(pixels, spec).to(next(tower.parameters()).dtype))

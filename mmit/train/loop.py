@@ -62,7 +62,7 @@ class Counts:
         local = [
             sum(batch.trained_tokens for batch in step.batches),
             sum(batch.tokens for batch in step.batches),
-            sum(batch.pixels.shape[0] for batch in step.batches),
+            sum(batch.tiles for batch in step.batches),
             sum(len(batch.sample_ids) for batch in step.batches),
             len(step.skipped),
             digest,

@@ -11,10 +11,12 @@ from models_support import batch_of, gradients, sample
 from torch.nn import functional
 from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
-from mmit.batch import IGNORE
+from mmit.batch import IGNORE, collate
 from mmit.errors import DataError
 from mmit.models import LoadedModel, VisionLanguageModel
 from mmit.models.connectors import MlpProjector
+from mmit.models.encoders import VisionEncoder
+from mmit.models.vlm import tower_features
 
 Build = Callable[..., LoadedModel]
 
@@ -202,3 +204,28 @@ def test_soft_capped_and_scaled_logits_go_through_the_models_own_forward(
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), abs=1e-4)
     loss.backward()
     assert gradients(model).keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_features_in_the_place_of_pixels_give_the_loss_of_the_pixels(loaded: LoadedModel) -> None:
+    batch = two_rows(loaded)
+    with torch.no_grad():
+        features = tower_features(loaded.model.vision_tower, batch.pixels, loaded.model.spec)
+        seen = loaded.model(batch)
+        taken = loaded.model(replace(batch, pixels=batch.pixels[:0], features=features))
+    assert batch.tiles == replace(batch, pixels=batch.pixels[:0], features=features).tiles == 3
+    assert torch.equal(seen, taken)
+
+
+def test_a_batch_of_features_without_an_image_still_runs_the_connector(loaded: LoadedModel) -> None:
+    text = sample(loaded, text=range(60, 65), images=0, trained=2, seed=2)
+    tower = loaded.model.vision_tower
+    assert isinstance(tower, VisionEncoder)
+    size = (tower.patches, tower.width)
+    batch = collate([[text]], pad_id=loaded.pad_id, image_size=loaded.model.spec.canvas, feature_size=size)
+    assert batch.features is not None
+    assert batch.features.shape == (0, *size)
+    model = loaded.model.train()
+    model.train_only({"connector": 1.0})
+    model(batch).backward()
+    assert all(bool((gradient == 0).all()) for gradient in gradients(model).values())
+    assert all(parameter.grad is None for parameter in model.vision_tower.parameters())
