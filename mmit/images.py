@@ -22,12 +22,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
 from mmit.errors import ConfigError, DataError
-from mmit.resize import WITH_PIL, WITH_TORCH
+from mmit.resize import WITH_PIL, WITH_TORCH, Resize, draft_scale
 
-Resize = Literal["pad", "squash", "crop"]
 Alpha = Literal["white", "black", "mean"]
 Size = tuple[int, int]
 
@@ -95,6 +95,8 @@ class ImageSpec:
     alpha: the colour behind transparent pixels.
     max_pixels: an image with more, by its header, is refused.
     views: how further encoders see the tile, where several are fused; their pixels lie below the first one's.
+    draft: let the JPEG decoder itself make a large photo 1/2, 1/4 or 1/8 as large, where it stays at least as large as
+        it is drawn and in its place (``resize.draft_scale``): faster, colours about half a grey level off on average.
     """
 
     size: Size
@@ -106,6 +108,7 @@ class ImageSpec:
     alpha: Alpha = "white"
     max_pixels: int = DEFAULT_MAX_PIXELS
     views: tuple[View, ...] = ()
+    draft: bool = False
 
     def __post_init__(self) -> None:
         View(size=self.size, mean=self.mean, std=self.std, resize=self.resize)  # raises what is wrong with them
@@ -113,6 +116,8 @@ class ImageSpec:
             raise ConfigError(f"image alpha '{self.alpha}' is none of white, black, mean")
         if self.tokens_per_tile < 1:
             raise ConfigError(f"tokens_per_tile is {self.tokens_per_tile}; an image needs at least one token")
+        if self.draft and self.exact:
+            raise ConfigError("draft decodes a JPEG to other pixels than exact resizing is for; set only one of them")
         if not 1 <= self.max_pixels <= _PIL_HARD_LIMIT:
             raise ConfigError(f"max_pixels is {self.max_pixels}; choose 1 to {_PIL_HARD_LIMIT}, PIL's own bound")
 
@@ -147,9 +152,9 @@ class ImageSpec:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; ``from_dict`` reads them back. No views, no key: fingerprints stay what they were."""
+        """Plain values for JSON; ``from_dict`` reads them back. What is off has no key, as before it existed."""
         values = {name: _plain(value) for name, value in asdict(self).items()}
-        return {name: value for name, value in values.items() if name != "views" or value}
+        return {name: value for name, value in values.items() if name not in ("views", "draft") or value}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ImageSpec:
@@ -268,6 +273,12 @@ def _decode(data: bytes, spec: ImageSpec) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL's remarks on palettes and metadata; damage raises
+            if spec.draft and isinstance(image, JpegImageFile):
+                turned = orientation in _SWAPS_SIDES
+                scale = draft_scale(
+                    *image.size, [(v.size[::-1] if turned else v.size, v.resize) for v in spec.all_views]
+                )
+                image.draft(None, (image.width // scale, image.height // scale))
             image.load()
             rgb = _to_rgb(image, spec)
     except _DAMAGE as error:

@@ -7,7 +7,8 @@ uint8 tensors with the same filter, faster, and stays within two grey levels of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,27 +19,67 @@ from torch.nn.functional import interpolate
 Size = tuple[int, int]
 """(height, width) of a tile."""
 
+Resize = Literal["pad", "squash", "crop"]
 Colour = tuple[int, int, int]
 
 _LARGEST_CANVAS = 1 << 24
 """Pixels. A picture that would be padded to more is made smaller in its long direction first, then padded."""
+_DRAFT_SHIFT = 0.125
+"""Pixels of the tile by which an edge of a picture may move when its JPEG is decoded smaller."""
+
+
+def draft_scale(width: int, height: int, looks: Sequence[tuple[Size, Resize]]) -> int:
+    """By how much (8, 4, 2 or 1) a JPEG decoder may make a picture smaller before it is resized.
+
+    In every look it stays at least as large as it is drawn in the tile, and its edges stay where those of the whole
+    would be.
+    """
+    for scale in (8, 4, 2):
+        if all(_keeps_its_place(width, height, scale, size, resize) for size, resize in looks):
+            return scale
+    return 1
+
+
+def _keeps_its_place(width: int, height: int, scale: int, size: Size, resize: Resize) -> bool:
+    whole = _edges(width, height, size, resize)
+    smaller = -(-width // scale), -(-height // scale)
+    left, top, right, bottom = _edges(*smaller, size, resize)
+    if smaller[0] < right - left or smaller[1] < bottom - top:
+        return False
+    # the last column and row may stand for more pixels than the picture has
+    right = left + (right - left) * width / (scale * smaller[0])
+    bottom = top + (bottom - top) * height / (scale * smaller[1])
+    return max(abs(a - b) for a, b in zip((left, top, right, bottom), whole, strict=True)) <= _DRAFT_SHIFT
+
+
+def _edges(width: int, height: int, size: Size, resize: Resize) -> tuple[float, float, float, float]:
+    """Where left, top, right and bottom of a picture lie, in pixels of the tile; of ``crop`` outside it."""
+    down, across = size
+    if resize == "squash":
+        return 0.0, 0.0, across, down
+    if resize == "crop":
+        covering = _cover(width, height, size)
+        left, top = (across - covering[0]) // 2, (down - covering[1]) // 2
+        return left, top, left + covering[0], top + covering[1]
+    canvas = _canvas(width, height, size)
+    x, y = across / canvas[0], down / canvas[1]
+    left, top = (canvas[0] - width) // 2, (canvas[1] - height) // 2
+    return left * x, top * y, (left + width) * x, (top + height) * y
 
 
 def _to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, H, W), channels last in memory
 
 
-def _canvas(image: Image.Image, size: Size) -> tuple[int, int]:
+def _canvas(width: int, height: int, size: Size) -> tuple[int, int]:
     """The smallest (width, height) with the tile's shape that holds the picture; a square for a square tile."""
-    width, height = image.size
     if width * size[0] >= height * size[1]:
         return width, round(width * size[0] / size[1])
     return round(height * size[1] / size[0]), height
 
 
-def _cover(image: Image.Image, size: Size) -> tuple[int, int]:
+def _cover(width: int, height: int, size: Size) -> tuple[int, int]:
     """(width, height) at which the picture just covers the tile; rounded down as transformers does."""
-    width, height = image.size
     if width * size[0] <= height * size[1]:
         return size[1], int(size[1] * height / width)
     return int(size[0] * width / height), size[0]
@@ -48,7 +89,7 @@ def _cover(image: Image.Image, size: Size) -> tuple[int, int]:
 
 
 def _pad_with_pil(image: Image.Image, size: Size, fill: Colour) -> Tensor:
-    width, height = _canvas(image, size)
+    width, height = _canvas(*image.size, size)
     if width * height > 4 * _LARGEST_CANVAS:
         return _pad_with_torch(image, size, fill)  # 60000 x 1 would need a canvas of 3.6 billion pixels
     canvas = Image.new("RGB", (width, height), fill)
@@ -61,7 +102,7 @@ def _squash_with_pil(image: Image.Image, size: Size, _: Colour) -> Tensor:
 
 
 def _crop_with_pil(image: Image.Image, size: Size, _: Colour) -> Tensor:
-    width, height = _cover(image, size)
+    width, height = _cover(*image.size, size)
     left, top = (width - size[1]) // 2, (height - size[0]) // 2
     if width * height <= 4 * size[0] * size[1]:
         covering = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -97,7 +138,7 @@ def _centre(pixels: Tensor, size: Size, fill: Colour) -> Tensor:
 
 def _pad_with_torch(image: Image.Image, size: Size, fill: Colour) -> Tensor:
     """Pad, and resize one direction after the other in an order that keeps the padded picture small."""
-    width, height = _canvas(image, size)
+    width, height = _canvas(*image.size, size)
     pixels = _to_tensor(image)
     if image.width == width:
         pixels = _scale(pixels, (image.height, size[1]))  # padding rows are flat: nothing to resize in them
@@ -113,7 +154,7 @@ def _squash_with_torch(image: Image.Image, size: Size, _: Colour) -> Tensor:
 
 
 def _crop_with_torch(image: Image.Image, size: Size, fill: Colour) -> Tensor:
-    width, height = _cover(image, size)
+    width, height = _cover(*image.size, size)
     if width * height > 4 * size[0] * size[1]:
         return _crop_with_pil(image, size, fill)  # a strip: torch cannot resize a part of a picture
     left, top = (width - size[1]) // 2, (height - size[0]) // 2

@@ -13,6 +13,7 @@ from PIL import Image
 
 from mmit.errors import ConfigError, DataError
 from mmit.images import ImageSpec, normalize, read_size
+from mmit.resize import draft_scale
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -224,6 +225,45 @@ def test_a_bomb_is_refused_from_its_header() -> None:
 def test_the_size_comes_from_the_header_alone() -> None:
     whole = encoded(photo(640, 480), "JPEG")
     assert read_size(whole[:1000]) == (640, 480)  # what follows the header is not even there
+
+
+# --- draft ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resize", ["pad", "squash", "crop"])
+@pytest.mark.parametrize(("turned", "shape"), [(1, (640, 480)), (6, (480, 640)), (3, (560, 224)), (1, (1807, 1356))])
+def test_a_draft_is_the_same_picture_in_the_same_place(resize, turned: int, shape) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = turned
+    smooth = photo(shape[0] // 5, shape[1] // 5).resize(shape, Image.Resampling.BICUBIC)
+    data = encoded(smooth, "JPEG", quality=90, exif=exif)
+    whole = spec(resize, exact=False).prepare(data)
+    draft = spec(resize, exact=False, draft=True).prepare(data)
+    assert draft.shape == whole.shape
+    assert not torch.equal(draft, whole)  # it was taken
+    # The decoder's filter and the resize's differ by 0.6 here, the allowed shift of 1/8 pixel makes 2 of it (1/4: 5).
+    exact_place = shape[0] % 8 == 0 and shape[1] % 8 == 0
+    assert (draft.int() - whole.int()).abs().float().mean() < (0.7 if exact_place else 2.0)
+
+
+def test_a_draft_is_as_small_as_size_and_place_in_the_tile_allow() -> None:
+    assert draft_scale(640, 480, [((224, 224), "pad")]) == 2  # 320 x 240 for 224 x 168
+    assert draft_scale(640, 480, [((336, 336), "pad")]) == 1  # 320 is less than 336
+    assert draft_scale(2560, 1920, [((336, 336), "squash")]) == 4
+    assert draft_scale(4000, 3000, [((336, 336), "squash")]) == 8
+    assert draft_scale(4000, 3000, [((336, 336), "pad")]) == 4  # 500 x 375: 62.5 rows of padding above it
+    assert draft_scale(641, 481, [((224, 224), "pad")]) == 1  # 321 x 241 stand for 642 x 482: a third of a pixel
+    assert draft_scale(4000, 3000, [((336, 336), "crop")]) == 8
+    assert draft_scale(2560, 1920, [((336, 336), "squash"), ((1024, 1024), "squash")]) == 1  # the second needs it
+    assert draft_scale(800, 300, [((336, 336), "crop")]) == 1  # its height is enlarged
+
+
+def test_a_draft_is_for_jpegs_and_not_for_exact_resizing() -> None:
+    data = encoded(photo(480, 360), "PNG")
+    assert torch.equal(spec(exact=False, draft=True).prepare(data), spec(exact=False).prepare(data))
+    assert spec(exact=False, draft=True).fingerprint() != spec(exact=False).fingerprint()
+    with pytest.raises(ConfigError, match="draft decodes a JPEG to other pixels"):
+        spec(exact=True, draft=True)
 
 
 # --- the spec ------------------------------------------------------------------------------------------------------

@@ -27,6 +27,8 @@ class TransformersEncoder(Section):
     """How a picture becomes square: padded with the mean colour, squashed, or cropped at the centre."""
     exact_resize: bool = False
     """True: resize with Pillow, bit for bit as LLaVA does; False: the faster route, at most two grey levels off."""
+    draft: bool = False
+    """True: let the JPEG decoder make large photos smaller: faster, and on average half a grey level off."""
 
 
 class OpenClipEncoder(Section):
@@ -45,6 +47,8 @@ class OpenClipEncoder(Section):
     """How a picture becomes square: padded with the mean colour, squashed, or cropped at the centre."""
     exact_resize: bool = False
     """True: resize with Pillow, bit for bit as LLaVA does; False: the faster route, at most two grey levels off."""
+    draft: bool = False
+    """True: let the JPEG decoder make large photos smaller: faster, and on average half a grey level off."""
 
 
 class CustomPart(Section):

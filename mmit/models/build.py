@@ -71,4 +71,5 @@ def image_spec(section: ComposedModel, tower: VisionEncoder, connector: Connecto
         resize=getattr(section.encoder, "resize", "pad"),
         tokens_per_tile=connector.tokens(tower.patches),
         exact=getattr(section.encoder, "exact_resize", False),
+        draft=getattr(section.encoder, "draft", False),
     )
