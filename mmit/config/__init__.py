@@ -12,27 +12,35 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
+from mmit.config.connectors import (
+    AveragePoolConnector,
+    CAbstractorConnector,
+    Connector,
+    LinearConnector,
+    MlpConnector,
+    PerceiverConnector,
+    PixelShuffleConnector,
+)
 from mmit.config.data import SUBSET, Batching, Data, Source
 from mmit.config.model import (
     ComposedModel,
-    Connector,
-    CustomPart,
     Encoder,
     LanguageModel,
-    LinearConnector,
-    MlpConnector,
     Model,
     OpenClipEncoder,
     TransformersEncoder,
     WholeModel,
 )
+from mmit.config.parts import CustomPart
 from mmit.config.sections import Section, parse_count
 from mmit.config.training import Launch, Log, Optim, Save, Stage, Zero
 
 __all__ = [
     "NAME",
     "SUBSET",
+    "AveragePoolConnector",
     "Batching",
+    "CAbstractorConnector",
     "ComposedModel",
     "Connector",
     "CustomPart",
@@ -46,6 +54,8 @@ __all__ = [
     "Model",
     "OpenClipEncoder",
     "Optim",
+    "PerceiverConnector",
+    "PixelShuffleConnector",
     "RunConfig",
     "Save",
     "Section",

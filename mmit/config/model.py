@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import (
-    Discriminator,
-    Field,
-    Tag,
-)
+from pydantic import Discriminator, Tag
 
+from mmit.config.connectors import Connector, MlpConnector
+from mmit.config.parts import CustomPart, kind_of
 from mmit.config.sections import Section
 
 
@@ -51,51 +49,14 @@ class OpenClipEncoder(Section):
     """True: let the JPEG decoder make large photos smaller: faster, and on average half a grey level off."""
 
 
-class CustomPart(Section):
-    """An encoder or connector of one's own: ``type: package.module:Class``."""
-
-    type: str
-    args: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments of the class."""
-
-
-class LinearConnector(Section):
-    """One linear layer (LLaVA 1.0, arXiv 2304.08485)."""
-
-    type: Literal["linear"]
-
-
-class MlpConnector(Section):
-    """Linear layers with GELU between them (LLaVA 1.5, arXiv 2310.03744, uses two)."""
-
-    type: Literal["mlp"] = "mlp"
-    depth: Annotated[int, Field(ge=2, le=8)] = 2
-    """Number of linear layers."""
-
-
-def _kind(value: object) -> str:
-    kind = value.get("type", "") if isinstance(value, dict) else getattr(value, "type", "")
-    return "custom" if isinstance(kind, str) and ":" in kind else str(kind)
-
-
 Encoder = Annotated[
     Annotated[TransformersEncoder, Tag("transformers")]
     | Annotated[OpenClipEncoder, Tag("open_clip")]
     | Annotated[CustomPart, Tag("custom")],
     Discriminator(
-        _kind,
+        kind_of,
         custom_error_type="unknown_type",
         custom_error_message="'type' must be one of transformers, open_clip, or package.module:Class",
-    ),
-]
-Connector = Annotated[
-    Annotated[LinearConnector, Tag("linear")]
-    | Annotated[MlpConnector, Tag("mlp")]
-    | Annotated[CustomPart, Tag("custom")],
-    Discriminator(
-        _kind,
-        custom_error_type="unknown_type",
-        custom_error_message="'type' must be one of linear, mlp, or package.module:Class",
     ),
 ]
 

@@ -39,6 +39,7 @@ def _compose(section: ComposedModel, *, dtype: torch.dtype, seed: int) -> Loaded
         section.connector,
         width_in=tower.width,
         width_out=token_table(language_model).embedding_dim,
+        patches=tower.patches,
         seed=seed,
         dtype=dtype,
     )

@@ -123,6 +123,7 @@ def _frame(contents: Contents, form: Format, *, dtype: torch.dtype) -> tuple[nn.
             TypeAdapter(ConnectorSection).validate_python(connector),
             width_in=tower.width,
             width_out=token_table(language_model).embedding_dim,
+            patches=tower.patches,
             seed=0,
             dtype=dtype,
         )
