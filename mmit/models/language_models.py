@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from mmit.errors import ConfigError
 from mmit.models.encoders import check_is_there
+from mmit.models.placement import placement, take_whole
 
 ROWS_MULTIPLE = 64
 """Token tables that must grow are padded to a multiple of this: matrix kernels like it."""
@@ -28,7 +29,8 @@ def read_language_model(path: str, *, dtype: torch.dtype) -> PreTrainedModel:
     check_is_there(path, key="model.language_model.path")
     reader: Any = AutoModelForCausalLM
     try:
-        model, report = reader.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        with placement().born():
+            model, report = reader.from_pretrained(path, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise ConfigError(
@@ -48,7 +50,8 @@ def frame_language_model(text_config: Mapping[str, Any], *, dtype: torch.dtype) 
     fields = dict(text_config)
     config = AutoConfig.for_model(fields.pop("model_type", "llama"), **fields)
     maker: Any = AutoModelForCausalLM
-    model = maker.from_config(config, dtype=dtype)
+    with placement().born():
+        model = maker.from_config(config, dtype=dtype)
     model.tie_weights()
     return model
 
@@ -71,12 +74,17 @@ def grow_embeddings(language_model: PreTrainedModel, tokens: int) -> None:
     rows = token_table(language_model).num_embeddings
     if tokens <= rows:
         return
+    take_whole(_tables(language_model), placement())
     language_model.resize_token_embeddings(tokens, pad_to_multiple_of=ROWS_MULTIPLE, mean_resizing=False)
     with torch.no_grad():
-        for table in (token_table(language_model), language_model.get_output_embeddings()):
-            if not isinstance(table, nn.Embedding | nn.Linear):
-                continue
+        for table in _tables(language_model):
             tensors = [table.weight] if isinstance(table, nn.Embedding) else [table.weight, table.bias]
             for tensor in tensors:
                 if tensor is not None:
                     tensor[rows:] = tensor[:rows].float().mean(dim=0).to(tensor.dtype)
+    placement().place(language_model)
+
+
+def _tables(language_model: PreTrainedModel) -> list[nn.Embedding | nn.Linear]:
+    both = (token_table(language_model), language_model.get_output_embeddings())
+    return [table for table in both if isinstance(table, nn.Embedding | nn.Linear)]

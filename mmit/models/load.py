@@ -19,6 +19,7 @@ from mmit.models.formats.contents import Json
 from mmit.models.hub_files import feature_layer, select_strategy
 from mmit.models.language_models import frame_language_model, token_table
 from mmit.models.loaded import LoadedModel
+from mmit.models.placement import placed
 from mmit.models.vlm import VisionLanguageModel
 from mmit.models.weights import read_into
 from mmit.templates import ChatTemplate
@@ -89,7 +90,7 @@ def load_weights(model: VisionLanguageModel, path: Path | str) -> None:
                 f"{contents.directory} reads the encoder at layer {there[0]} ({there[1]}), the run file at layer "
                 f"{here[0]} ({here[1]}); make model.encoder.layer and model.encoder.cls the same"
             )
-    with form.tensors(contents, tower) as stored:
+    with placed(model.placement), form.tensors(contents, tower) as stored:
         read_into(model, stored)
 
 

@@ -25,6 +25,7 @@ from mmit.models.attention import (
     sliding_window,
 )
 from mmit.models.head import head_is_plain, labelled_nll
+from mmit.models.placement import placement, runnable
 from mmit.models.rules import TrainGroup, apply_rules
 
 
@@ -58,10 +59,12 @@ class VisionLanguageModel(nn.Module):
         if language_model.can_generate():
             # A model's own generation settings (a penalty, a temperature) would change what "greedy" means here.
             language_model.generation_config = GenerationConfig()
-        language_model.eval()
-        check_isolation(language_model, implementation=self.attention)
-        self.head_is_plain = head_is_plain(language_model)
+        self.placement = placement()
+        self.placement.place(self)
         self.eval()
+        with runnable(language_model, self.placement):
+            check_isolation(language_model, implementation=self.attention)
+            self.head_is_plain = head_is_plain(language_model)
 
     def train(self, mode: bool = True) -> VisionLanguageModel:
         """Switch the mode; the tower stays in eval mode always."""
@@ -200,6 +203,10 @@ class VisionLanguageModel(nn.Module):
 
     def _unused_in_tower(self) -> set[str]:
         """Names of the tower's parameters behind the chosen layer: no output depends on them."""
+        with self.placement.whole(list(self.vision_tower.parameters())):
+            return self._without_gradient_in_tower()
+
+    def _without_gradient_in_tower(self) -> set[str]:
         parameters = dict(self.vision_tower.named_parameters())
         weight = next(iter(parameters.values()))
         before = {name: parameter.requires_grad for name, parameter in parameters.items()}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmit.errors import CheckpointError
 from mmit.models.layout import disk_names, tensors_of, tied_names
+from mmit.models.placement import Placement, placement
 from mmit.models.stored import StoredTensors
 
 _SHOWN = 5
@@ -19,30 +20,43 @@ _SHOWN = 5
 def read_into(model: nn.Module, stored: StoredTensors) -> None:
     """Fill a model (children vision_tower, multi_modal_projector, language_model) with the tensors of a directory.
 
-    Raises CheckpointError that lists every missing, unexpected, empty or wrongly shaped tensor before anything is
-    written, and every tensor with values that are not finite.
+    Under the placement in force: one parameter at a time is whole. Raises CheckpointError that lists every missing,
+    unexpected, empty or wrongly shaped tensor before anything is written, and every one with values that are not
+    finite.
     """
+    kept = placement()
     targets = dict(tensors_of(model))
     sources = disk_names(model.get_submodule("vision_tower"), targets)
     tied = {second: sources[first] for second, first in tied_names(model).items() if second in stored.shapes}
-    _check(stored.where, stored.shapes, targets, sources, allowed=set(tied))
+    shapes = {name: kept.shape(target) for name, target in targets.items()}
+    _check(stored.where, stored.shapes, shapes, sources, allowed=set(tied))
     problems: dict[str, list[str]] = defaultdict(list)
-    with torch.no_grad():
-        for name, target in targets.items():
-            value = stored.read(sources[name])
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                problems["with values that are not finite"].append(name)
-            target.copy_(value)
-    for second, first in tied.items():
+    for name, target in targets.items():
+        if not _fill(target, stored, sources[name], kept):
+            problems["with values that are not finite"].append(name)
+    for second, first in tied.items() if kept.writes else ():
         if not torch.equal(stored.read((second,)), stored.read(first)):
             problems["that should equal the tensor they are tied to"].append(second)
-    _raise_if_any(stored.where, problems)
+    _raise_if_any(stored.where, kept.told(_listed(problems)))
+
+
+@torch.no_grad()
+def _fill(target: Tensor, stored: StoredTensors, pieces: tuple[str, ...], kept: Placement) -> bool:
+    """Put stored values into a tensor; False where they are not finite."""
+    is_placed = isinstance(target, nn.Parameter)
+    if is_placed and not kept.writes:
+        with kept.whole([target], write=True):
+            return True
+    value = stored.read(pieces)
+    with kept.whole([target] if is_placed else [], write=True):
+        target.copy_(value)
+    return not value.is_floating_point() or bool(torch.isfinite(value).all())
 
 
 def _check(
     directory: Path,
     shapes: Mapping[str, tuple[int, ...]],
-    targets: Mapping[str, Tensor],
+    needed: Mapping[str, tuple[int, ...]],
     sources: Mapping[str, tuple[str, ...]],
     *,
     allowed: set[str],
@@ -60,16 +74,20 @@ def _check(
         shape = list(shapes[pieces[0]])
         if len(pieces) > 1:
             shape[0] = sum(shapes[piece][0] for piece in pieces)
-        if tuple(shape) != tuple(targets[name].shape):
-            problems["of another shape"].append(f"{pieces[0]} is {shape}, needed is {list(targets[name].shape)}")
-    _raise_if_any(directory, problems)
+        if tuple(shape) != needed[name]:
+            problems["of another shape"].append(f"{pieces[0]} is {shape}, needed is {list(needed[name])}")
+    _raise_if_any(directory, _listed(problems))
 
 
-def _raise_if_any(directory: Path, problems: Mapping[str, list[str]]) -> None:
+def _listed(problems: Mapping[str, list[str]]) -> str:
     parts = []
     for kind, names in problems.items():
         if names:
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
             parts.append(f"{len(names)} {kind}: {', '.join(names[:_SHOWN])}{more}")
-    if parts:
-        raise CheckpointError(f"the weights in {directory} do not fit the model; tensors {'; '.join(parts)}")
+    return "; ".join(parts)
+
+
+def _raise_if_any(directory: Path, listed: str) -> None:
+    if listed:
+        raise CheckpointError(f"the weights in {directory} do not fit the model; tensors {listed}")

@@ -177,9 +177,12 @@ def _open_folder(folder: Path, *, fresh: bool) -> IO[str]:
 def _build(config: RunConfig, name: str, *, dtype: torch.dtype) -> LoadedModel:
     """The model of a stage: from its parts, from a stage before it, or from a directory; the same on every rank."""
     from mmit.models import build_model, find_model_directory, load_weights
+    from mmit.models.placement import WHOLE, placed
+    from mmit.train.partition import Partitioned
 
     stage = config.stages[name]
-    loaded = build_model(config.model, dtype=dtype, seed=config.seed)
+    with placed(Partitioned(_engine_settings(stage, dtype)) if stage.zero.stage == 3 else WHOLE):
+        loaded = build_model(config.model, dtype=dtype, seed=config.seed)
     source = stage.init_from
     if source == "parts":
         return loaded
@@ -195,7 +198,7 @@ def _build(config: RunConfig, name: str, *, dtype: torch.dtype) -> LoadedModel:
 
 
 def _make_engine(stage: Stage, loaded: LoadedModel, *, dtype: torch.dtype) -> Engine:
-    from mmit.train.engine import Engine, accumulation, deepspeed_config, device
+    from mmit.train.engine import Engine, device
     from mmit.train.optim import adamw, parameter_groups
     from mmit.train.trained import table
 
@@ -210,15 +213,20 @@ def _make_engine(stage: Stage, loaded: LoadedModel, *, dtype: torch.dtype) -> En
         betas=stage.optim.betas,
         eps=stage.optim.eps,
     )
+    return Engine(model, optimizer, _engine_settings(stage, dtype), dtype=dtype)
+
+
+def _engine_settings(stage: Stage, dtype: torch.dtype) -> dict[str, Any]:
+    from mmit.train.engine import accumulation, deepspeed_config
+
     rows = stage.batch.rows_per_micro_batch
-    settings = deepspeed_config(
+    return deepspeed_config(
         stage.zero,
         dtype=dtype,
         rows_per_micro_batch=rows,
         micro_batches=accumulation(rows_per_step=stage.batch.rows_per_step, rows_per_micro_batch=rows),
         clip_norm=stage.optim.clip_norm,
     )
-    return Engine(model, optimizer, settings, dtype=dtype)
 
 
 def _resume(folder: Path, engine: Engine, state: RunState, *, steps: int) -> RunState:

@@ -1,6 +1,7 @@
 """Run on every rank: one step of a tiny model under each ZeRO stage, against one full-batch step in plain torch.
 
-Prints, for each setting, the largest difference of any parameter after the step, and of loss and gradient norm.
+Prints, for each setting, the largest difference of any parameter after the step, and of loss and gradient norm; and
+what a model that was born partitioned holds, by each way of making one.
 """
 
 import json
@@ -16,9 +17,12 @@ import torch  # noqa: E402
 from mmit.batch import IGNORE, Batch, Encoded, collate  # noqa: E402
 from mmit.config import Zero, load_config  # noqa: E402
 from mmit.distributed import all_reduce_sum, rank, world_size  # noqa: E402
-from mmit.models import build_model  # noqa: E402
+from mmit.errors import CheckpointError  # noqa: E402
+from mmit.models import build_model, load_model, load_weights, save_model  # noqa: E402
+from mmit.models.placement import WHOLE, placed  # noqa: E402
 from mmit.train.engine import Engine, deepspeed_config, init_process_group  # noqa: E402
 from mmit.train.optim import adamw, parameter_groups  # noqa: E402
+from mmit.train.partition import Partitioned  # noqa: E402
 
 RULES = {"connector": 1e-2, "language_model": 1e-3}
 EPS = 1e-3  # Adam divides by |g| + eps: a larger eps keeps rounding of tiny gradients from being blown up
@@ -63,13 +67,18 @@ def full_batch_step(config: Any) -> tuple[dict[str, torch.Tensor], float, float]
     return {k: v.clone() for k, v in loaded.model.state_dict().items()}, float(loss.detach()), float(norm)
 
 
+def settings_of(zero: Zero) -> dict[str, Any]:
+    return deepspeed_config(zero, dtype=torch.float32, rows_per_micro_batch=1, micro_batches=2, clip_norm=0.5)
+
+
 def engine_step(config: Any, zero: Zero, *, checkpointing: bool) -> tuple[dict[str, torch.Tensor], float, float]:
-    loaded = build_model(config.model, dtype=torch.float32, seed=0)
+    settings = settings_of(zero)
+    with placed(Partitioned(settings) if zero.stage == 3 else WHOLE):
+        loaded = build_model(config.model, dtype=torch.float32, seed=0)
     groups = loaded.model.train_only(RULES)
     if checkpointing:
         loaded.model.enable_activation_checkpointing()
     optimizer = adamw(parameter_groups(loaded.model, groups, weight_decay=0.1), betas=(0.9, 0.999), eps=EPS)
-    settings = deepspeed_config(zero, dtype=torch.float32, rows_per_micro_batch=1, micro_batches=2, clip_norm=0.5)
     engine = Engine(loaded.model, optimizer, settings, dtype=torch.float32)
     batches = micro_batches(loaded)[rank()]
     trained = int(all_reduce_sum(torch.tensor([sum(batch.trained_tokens for batch in batches)])))
@@ -80,6 +89,52 @@ def engine_step(config: Any, zero: Zero, *, checkpointing: bool) -> tuple[dict[s
         norm = engine.close_micro_step(factor=1.0)
     assert norm is not None
     return engine.full_state(), float(all_reduce_sum(loss)) / trained, norm
+
+
+def born_partitioned(config: Any, folder: Path) -> dict[str, Any]:
+    """What a model of parts, one of a directory, and one filled afterwards hold, against the same made whole."""
+    plain = build_model(config.model, dtype=torch.float32, seed=0)
+    if rank() == 0:
+        save_model(plain, None, folder / "saved", made_from={})
+        save_model(
+            plain,
+            {**plain.model.state_dict(), "language_model.model.norm.weight": torch.full((32,), torch.nan)},
+            folder / "broken",
+            made_from={},
+        )
+    torch.distributed.barrier()
+    by_placement = Partitioned(settings_of(Zero(stage=3)))
+    with placed(by_placement):
+        models = {
+            "parts": build_model(config.model, dtype=torch.float32, seed=0).model,
+            "directory": load_model(folder / "saved", dtype=torch.float32).model,
+            "filled": build_model(config.model, dtype=torch.float32, seed=1).model,
+        }
+    load_weights(models["filled"], folder / "saved")
+    found: dict[str, Any] = {name: held(model, plain.model, by_placement) for name, model in models.items()}
+    try:
+        load_weights(models["filled"], folder / "broken")
+    except CheckpointError as error:
+        refused = torch.tensor([int("not finite: language_model.model.norm" in str(error))])
+        found["refused"] = int(all_reduce_sum(refused))
+    return found
+
+
+def held(model: Any, plain: Any, by_placement: Partitioned) -> dict[str, Any]:
+    total = sum(parameter.numel() for parameter in plain.parameters())
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    pieces = sum(parameter.ds_tensor.numel() for parameter in model.parameters())
+    differ = []
+    for (name, parameter), (_, expected) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
+        with by_placement.whole([parameter]):
+            if not torch.equal(parameter, expected):
+                differ.append(name)
+    differ += [
+        name
+        for (name, buffer), (_, expected) in zip(model.named_buffers(), plain.named_buffers(), strict=True)
+        if buffer.dtype != expected.dtype or not torch.equal(buffer, expected)
+    ]
+    return {"whole": whole, "share": pieces / total, "differ": differ}
 
 
 def main(run_file: str) -> None:
@@ -103,6 +158,7 @@ def main(run_file: str) -> None:
                 "loss": abs(got_loss - loss),
                 "norm": abs(got_norm - norm) / norm,
             }
+    result["born"] = born_partitioned(config, Path(run_file).parent)
     if rank() == 0:
         start = build_model(config.model, dtype=torch.float32, seed=0).model.state_dict()
         result["moved"] = max(float((start[k] - expected[k]).abs().max()) for k in expected)

@@ -39,3 +39,15 @@ def test_loss_and_gradient_norm_are_those_of_the_full_batch(result: Any, setting
     # fp32 sums of about 15 terms near 7; measured 2e-7 and 1e-7
     assert result[setting]["loss"] < 2e-6
     assert result[setting]["norm"] < 2e-6
+
+
+@pytest.mark.parametrize("made", ["parts", "directory", "filled"])
+def test_under_zero_3_no_rank_holds_a_whole_parameter_and_all_are_those_of_a_plain_load(result: Any, made: str) -> None:
+    born = result["born"][made]
+    assert born["whole"] == 0
+    assert 0.5 <= born["share"] < 0.501  # a parameter of odd length is padded
+    assert born["differ"] == []
+
+
+def test_values_that_are_not_finite_are_refused_by_every_rank(result: Any) -> None:
+    assert result["born"]["refused"] == 2

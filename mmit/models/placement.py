@@ -1,0 +1,131 @@
+"""Where the parameters of a model live: whole in every process, or in pieces over the ranks from the moment they exist.
+
+Training under ZeRO-3 puts its own placement in force around the making of a model; everything that makes, fills or
+runs modules outside the training engine asks the one in force. Elsewhere it is ``WHOLE``, which does nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Protocol
+
+from torch import Tensor, nn
+
+
+class Placement(Protocol):
+    """How parameters are kept, and how they are made whole for a moment. Every call is collective over the ranks."""
+
+    writes: bool
+    """Whether this process fills the weights; others receive what it wrote."""
+
+    def born(self) -> AbstractContextManager[object]:
+        """While in force, a language model that transformers makes or reads is placed parameter by parameter."""
+        ...
+
+    def place(self, module: nn.Module) -> None:
+        """Place the parameters of a module that was made whole."""
+        ...
+
+    def whole(self, parameters: Sequence[Tensor], *, write: bool = False) -> AbstractContextManager[object]:
+        """While in force, ``parameters`` are whole; with ``write``, what the writing process put there is kept."""
+        ...
+
+    def shape(self, tensor: Tensor) -> tuple[int, ...]:
+        """The shape of the whole parameter."""
+        ...
+
+    def told(self, message: str) -> str:
+        """What the writing process says, in every process."""
+        ...
+
+
+class Whole:
+    """Every process holds every parameter."""
+
+    writes = True
+
+    def born(self) -> AbstractContextManager[object]:
+        """Nothing to do."""
+        return nullcontext()
+
+    def place(self, module: nn.Module) -> None:
+        """Nothing to do."""
+
+    def whole(self, parameters: Sequence[Tensor], *, write: bool = False) -> AbstractContextManager[object]:
+        """They are."""
+        del parameters, write
+        return nullcontext()
+
+    def shape(self, tensor: Tensor) -> tuple[int, ...]:
+        """The tensor's own."""
+        return tuple(tensor.shape)
+
+    def told(self, message: str) -> str:
+        """What this process says."""
+        return message
+
+
+WHOLE: Placement = Whole()
+"""Every process holds every parameter."""
+
+_in_force: ContextVar[Placement] = ContextVar("placement", default=WHOLE)
+
+
+def placement() -> Placement:
+    """The placement in force."""
+    return _in_force.get()
+
+
+@contextmanager
+def placed(by: Placement) -> Generator[None]:
+    """Put a placement in force: models made and read inside are kept its way."""
+    token = _in_force.set(by)
+    try:
+        yield
+    finally:
+        _in_force.reset(token)
+
+
+@contextmanager
+def runnable(module: nn.Module, kept: Placement) -> Generator[None]:
+    """While in force, ``module`` can be run outside the engine: the parameters of one submodule at a time are whole."""
+    if kept is WHOLE:
+        yield
+        return
+    gathered: dict[nn.Module, ExitStack] = {}
+    held: set[int] = set()
+
+    def gather(child: nn.Module, *_: object) -> None:
+        own = [parameter for parameter in child.parameters(recurse=False) if id(parameter) not in held]
+        held.update(id(parameter) for parameter in own)
+        gathered[child] = stack = ExitStack()
+        stack.enter_context(kept.whole(own))
+        stack.callback(held.difference_update, [id(parameter) for parameter in own])
+
+    def release(child: nn.Module, *_: object) -> None:
+        gathered.pop(child).close()
+
+    with ExitStack() as hooks:
+        for child in _with_parameters(module.modules()):
+            hooks.callback(child.register_forward_pre_hook(gather, prepend=True).remove)
+            hooks.callback(child.register_forward_hook(release).remove)
+        yield
+
+
+def take_whole(modules: Sequence[nn.Module], kept: Placement) -> None:
+    """Give modules whole parameters in every process in place of placed ones; a shared parameter stays shared."""
+    if kept is WHOLE:
+        return
+    copies: dict[int, nn.Parameter] = {}
+    for module in modules:
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) not in copies:
+                with kept.whole([parameter]):
+                    copies[id(parameter)] = nn.Parameter(parameter.detach().clone())
+            module.register_parameter(name, copies[id(parameter)])
+
+
+def _with_parameters(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    return [module for module in modules if next(module.parameters(recurse=False), None) is not None]
