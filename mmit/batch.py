@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mmit.tiling import TilePlan
+
 IGNORE = -100
 """Label of a position that is not trained; the same number as in torch's cross-entropy."""
 
@@ -22,6 +24,7 @@ class Encoded:
     labels: (T,) int64, **already shifted**: ``labels[t]`` is what position t has to predict, or IGNORE (so the last).
     pixels: (N, 3, H, W) uint8 tiles in the order of their placeholders; N may be 0.
     features: (N, P, D_vision) bf16, where the encoder's cached outputs are used in place of pixels.
+    plans: of every image in that order, how its tiles become its tokens; empty: every tile is an image of its own.
     """
 
     id: str
@@ -29,6 +32,7 @@ class Encoded:
     labels: Tensor
     pixels: Tensor
     features: Tensor | None = None
+    plans: tuple[TilePlan, ...] = ()
 
     @property
     def length(self) -> int:
@@ -71,6 +75,7 @@ class Batch:
     input_ids, labels: (B, T) int64, labels already shifted (see Encoded).
     position_ids: (B, T) int64, restarting at 0 with every sample; padding at the end of a row is a sample of its own.
     pixels: (N, 3, H, W) uint8, all tiles of all rows in reading order; N may be 0.
+    plans: of every image of all rows in reading order (see Encoded).
     trained_tokens: number of labels that are not IGNORE, kept as an int so that no device has to be asked.
     sample_ids: ids of the samples inside, for error messages and the record of what was seen.
     tokens: tokens of the samples, without padding.
@@ -85,6 +90,7 @@ class Batch:
     trained_tokens: int
     sample_ids: tuple[str, ...]
     tokens: int
+    plans: tuple[TilePlan, ...] = ()
     by_source: BySource | None = None
     features: Tensor | None = None
 
@@ -161,6 +167,7 @@ def collate(
         trained_tokens=int((labels != IGNORE).sum()),
         sample_ids=tuple(sample.id for row in rows for sample in row),
         tokens=sum(sample.length for row in rows for sample in row),
+        plans=tuple(plan for row in rows for sample in row for plan in sample.plans),
         by_source=None if sources is None else _by_source(rows, sources, source_count),
         features=feature_size and torch.cat([torch.zeros((0, *feature_size), dtype=torch.bfloat16), *features]),
     )

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
@@ -26,6 +26,7 @@ from mmit.conversation import Conversation
 from mmit.errors import ConfigError, DataError
 from mmit.images import ImageSpec, read_size
 from mmit.templates import ChatTemplate, Rendered
+from mmit.tiling import TilePlan
 from mmit.tokenizer import IMAGE_TEXT
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def encode_conversation(
     if sorted(order) != list(range(len(sizes))):
         raise DataError(f"record '{record}' has {len(sizes)} images, but its turns refer to images {order}; each once")
     rendered = template.render(conversation)
-    plans = [spec.plan(*sizes[index]) for index in order]
+    plans = tuple(spec.plan(*sizes[index], images=len(order)) for index in order)
     ids, trained = encode(rendered, tokenizer, [plan.tokens for plan in plans], image_id=image_id, style=style)
     if not trained.any():
         raise DataError(f"record '{record}' has no trained token: no answer in it is to be learned; leave it out")
@@ -99,13 +100,15 @@ def encode_conversation(
     if pixels and order:
         if not conversation.images:
             raise DataError(f"record '{record}' came without the bytes of its {len(order)} images")
-        taken, take = (tiles, spec.prepare) if features is None else (found, features)
-        taken += [_taken(take, conversation.images[index], record, index) for index in order]
+        prepare = partial(spec.prepare, images=len(order))
+        taken, take = (tiles, prepare) if features is None else (found, features)
+        taken += [_taken(take, conversation, index, spec, plan) for index, plan in zip(order, plans, strict=True)]
     return Encoded(
         id=record,
         input_ids=ids,
         labels=labels,
         pixels=torch.cat(tiles),
+        plans=plans,
         features=torch.cat(found) if found else None,
     )
 
@@ -246,11 +249,23 @@ def _sizes(conversation: Conversation, spec: ImageSpec) -> Sequence[tuple[int, i
         raise DataError(f"record '{conversation.id}': {error}") from error
 
 
-def _taken(take: Callable[[bytes], Tensor], data: bytes, record: str, index: int) -> Tensor:
+def _taken(
+    take: Callable[[bytes], Tensor], conversation: Conversation, index: int, spec: ImageSpec, plan: TilePlan
+) -> Tensor:
+    """The tiles of an image, or their features, as many as its plan says."""
+    data = conversation.images[index]
     try:
-        return take(data)
+        if spec.tiling is not None:
+            size = read_size(data, max_pixels=spec.max_pixels)
+            if spec.plan(*size, images=len(conversation.image_refs)) != plan:
+                raise DataError(f"its size is {size[0]} x {size[1]}, not the one that the record states")
+        tiles = take(data)
+        if len(tiles) != plan.tiles:
+            raise DataError(f"it has features of {len(tiles)} tiles and should have {plan.tiles}")
+        return tiles
     except DataError as error:
-        error.args = (f"record '{record}', image {index}: {error}",)  # its kind decides what becomes of the run
+        # its kind decides what becomes of the run
+        error.args = (f"record '{conversation.id}', image {index}: {error}",)
         raise
 
 

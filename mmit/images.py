@@ -27,6 +27,7 @@ from torch import Tensor
 
 from mmit.errors import ConfigError, DataError
 from mmit.resize import WITH_PIL, WITH_TORCH, Resize, draft_scale
+from mmit.tiling import Anyres, TilePlan, Tiling, tiling_from_dict, tiling_to_dict
 
 Alpha = Literal["white", "black", "mean"]
 Size = tuple[int, int]
@@ -48,14 +49,6 @@ _UPRIGHT = {
 _SWAPS_SIDES = (5, 6, 7, 8)
 # What PIL's readers raise on damaged files; a bug of ours (KeyError, AttributeError, ...) is not among them.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError, struct.error, zlib.error)
-
-
-@dataclass(frozen=True)
-class TilePlan:
-    """What one image costs: tiles through the encoder, and image tokens in the language model."""
-
-    tiles: int
-    tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +82,7 @@ class ImageSpec:
     size: (H, W) of a tile in pixels.
     mean, std: per channel, of pixels in 0..1.
     resize: ``pad`` to the tile's shape with the mean colour (LLaVA 1.5), ``squash`` (SigLIP), or ``crop``: shortest
-        edge, then the centre (CLIP).
+        edge, then the centre (CLIP). An image that is cut into tiles is resized as its tiling does.
     tokens_per_tile: image tokens that the language model sees for one tile, after the connector.
     exact: resize with PIL, bit for bit as LLaVA does.
     alpha: the colour behind transparent pixels.
@@ -97,6 +90,7 @@ class ImageSpec:
     views: how further encoders see the tile, where several are fused; their pixels lie below the first one's.
     draft: let the JPEG decoder itself make a large photo 1/2, 1/4 or 1/8 as large, where it stays at least as large as
         it is drawn and in its place (``resize.draft_scale``): faster, colours about half a grey level off on average.
+    tiling: how an image is cut into several tiles; None: it is one.
     """
 
     size: Size
@@ -109,6 +103,7 @@ class ImageSpec:
     max_pixels: int = DEFAULT_MAX_PIXELS
     views: tuple[View, ...] = ()
     draft: bool = False
+    tiling: Tiling | None = None
 
     def __post_init__(self) -> None:
         View(size=self.size, mean=self.mean, std=self.std, resize=self.resize)  # raises what is wrong with them
@@ -118,33 +113,60 @@ class ImageSpec:
             raise ConfigError(f"tokens_per_tile is {self.tokens_per_tile}; an image needs at least one token")
         if self.draft and self.exact:
             raise ConfigError("draft decodes a JPEG to other pixels than exact resizing is for; set only one of them")
+        if self.draft and self.tiling is not None:
+            raise ConfigError("draft gives up the detail that tiling is for; set only one of them")
         if not 1 <= self.max_pixels <= _PIL_HARD_LIMIT:
             raise ConfigError(f"max_pixels is {self.max_pixels}; choose 1 to {_PIL_HARD_LIMIT}, PIL's own bound")
+        if isinstance(self.tiling, Anyres):
+            self.tiling.check(self._tile, self.tokens_per_tile)
 
-    def plan(self, width: int, height: int) -> TilePlan:
-        """The cost of an image of this displayed size, known without decoding it."""
+    def plan(self, width: int, height: int, *, images: int = 1) -> TilePlan:
+        """What an image of this displayed size costs and how its tokens lie, known without decoding it.
+
+        images: of the sample it belongs to; some tilings cut a picture only where it is alone.
+        """
         if width < 1 or height < 1:
             raise DataError(f"an image of {width} x {height} pixels has no content")
-        return TilePlan(tiles=1, tokens=self.tokens_per_tile)
+        q = self.tokens_per_tile
+        if self.tiling is None:
+            return TilePlan(tiles=1, tokens=q)
+        if isinstance(self.tiling, Anyres):
+            return self.tiling.plan((width, height), tile=self._tile, tokens_per_tile=q, images=images)
+        return self.tiling.plan((width, height), tile=self._tile, tokens_per_tile=q)
 
-    def prepare(self, data: bytes) -> Tensor:
-        """The tiles of an encoded image: (N, 3, H, W) uint8; (H, W) is ``canvas``.
+    def prepare(self, data: bytes, *, images: int = 1) -> Tensor:
+        """The tiles of an encoded image, as ``plan`` counts them: (N, 3, H, W) uint8; (H, W) is ``canvas``.
 
         Raises DataError with the reason if ``data`` is no image, is damaged, or is larger than ``max_pixels``.
         """
         image = _decode(data, self)
-        return self._tile(image)[None].contiguous()
-
-    def _tile(self, image: Image.Image) -> Tensor:
-        """One tile as all encoders see it: (3, H, W) uint8, their pixels from top to bottom."""
-        route = WITH_PIL if self.exact else WITH_TORCH
-        seen = [route[view.resize](image, view.size, view.fill) for view in self.all_views]
+        seen = [self._seen(image, view, self._grid(image.size, images)) for view in self.all_views]
         if len(seen) == 1:
-            return seen[0]
-        canvas = torch.zeros((3, *self.canvas), dtype=torch.uint8)
-        for region, (top, view) in zip(seen, self.regions, strict=True):
-            canvas[:, top : top + view.size[0], : view.size[1]] = region
-        return canvas
+            return seen[0].contiguous()
+        pixels = torch.zeros((len(seen[0]), 3, *self.canvas), dtype=torch.uint8)
+        for tiles, (top, view) in zip(seen, self.regions, strict=True):
+            pixels[:, :, top : top + view.size[0], : view.size[1]] = tiles
+        return pixels
+
+    def _grid(self, size: tuple[int, int], images: int) -> tuple[int, int] | None:
+        """(rows, columns) that an image of (width, height) is cut into; None: it is one tile."""
+        if self.tiling is None or (isinstance(self.tiling, Anyres) and not self.tiling.cuts(images)):
+            return None
+        return self.tiling.grid(size, self._tile)
+
+    def _seen(self, image: Image.Image, view: View, grid: tuple[int, int] | None) -> Tensor:
+        """The tiles of an image as one encoder sees them (N, 3, h, w), cut by a grid of (rows, columns)."""
+        route = WITH_PIL if self.exact else WITH_TORCH
+        if grid is None:
+            return route[view.resize](image, view.size, view.fill)[None]
+        rows, columns = grid
+        canvas = (rows * view.size[0], columns * view.size[1])
+        whole = route["squash"](image, view.size, view.fill)[None]
+        if isinstance(self.tiling, Anyres):
+            return torch.cat([whole, _cut(route["fit"](image, canvas, (0, 0, 0)), rows, columns)])
+        tiles = _cut(route["squash"](image, canvas, view.fill), rows, columns)
+        has_thumbnail = self.tiling is not None and self.tiling.thumbnail and len(tiles) > 1
+        return torch.cat([tiles, whole]) if has_thumbnail else tiles
 
     def fingerprint(self) -> str:
         """A short name of everything that decides the pixels and the token count."""
@@ -154,7 +176,8 @@ class ImageSpec:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; ``from_dict`` reads them back. What is off has no key, as before it existed."""
         values = {name: _plain(value) for name, value in asdict(self).items()}
-        return {name: value for name, value in values.items() if name not in ("views", "draft") or value}
+        values["tiling"] = self.tiling and tiling_to_dict(self.tiling)
+        return {name: value for name, value in values.items() if name not in ("views", "draft", "tiling") or value}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ImageSpec:
@@ -166,7 +189,8 @@ class ImageSpec:
             raise ConfigError(f"an image spec lacks {missing} and has unknown keys {unknown}; known: {sorted(known)}")
         plain = _with_tuples(values)
         views = tuple(View(**_with_tuples(view)) for view in plain.pop("views", ()))
-        return cls(**plain, views=views)
+        tiling = plain.pop("tiling", None)
+        return cls(**plain, views=views, tiling=tiling and tiling_from_dict(tiling))
 
     @property
     def all_views(self) -> tuple[View, ...]:
@@ -184,6 +208,15 @@ class ImageSpec:
         """(H, W) of the pixels of a tile: of all views, one below the other."""
         views = self.all_views
         return sum(view.size[0] for view in views), max(view.size[1] for view in views)
+
+    @property
+    def has_newline(self) -> bool:
+        """True where image tokens are put together with a learned newline token."""
+        return isinstance(self.tiling, Anyres) and self.tiling.unpad
+
+    @property
+    def _tile(self) -> tuple[int, int]:
+        return self.size[1], self.size[0]
 
     @property
     def fill(self) -> tuple[int, int, int]:
@@ -226,6 +259,13 @@ def _plain(value: Any) -> Any:  # noqa: ANN401  (a tree of settings)
     if isinstance(value, dict):
         return {name: _plain(below) for name, below in value.items()}
     return [_plain(below) for below in value] if isinstance(value, tuple) else value
+
+
+def _cut(canvas: Tensor, rows: int, columns: int) -> Tensor:
+    """(3, rows * H, columns * W) to tiles row by row, (rows * columns, 3, H, W)."""
+    channels, height, width = canvas.shape
+    tiles = canvas.reshape(channels, rows, height // rows, columns, width // columns)
+    return tiles.permute(1, 3, 0, 2, 4).flatten(0, 1).contiguous()
 
 
 # --- bytes to upright RGB ------------------------------------------------------------------------------------------

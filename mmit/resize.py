@@ -1,12 +1,14 @@
-"""From an upright RGB picture to one tile, in three manners and by two routes.
+"""From an upright RGB picture to one canvas, in four manners and by two routes.
 
 ``pad`` puts the picture in the middle of the mean colour, ``squash`` ignores its shape, ``crop`` keeps the centre.
+``fit``, for a grid of tiles, makes the picture as large as the canvas holds and puts it in the middle.
 ``WITH_PIL`` is bit for bit what LLaVA and the PIL processors of transformers make. ``WITH_TORCH`` resizes
 uint8 tensors with the same filter, faster, and stays within two grey levels of it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
@@ -17,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 Size = tuple[int, int]
-"""(height, width) of a tile."""
+"""(height, width) of a tile, or of the canvas that is cut into tiles."""
 
 Resize = Literal["pad", "squash", "crop"]
 Colour = tuple[int, int, int]
@@ -85,6 +87,14 @@ def _cover(width: int, height: int, size: Size) -> tuple[int, int]:
     return int(size[0] * width / height), size[0]
 
 
+def _inside(image: Image.Image, size: Size) -> tuple[int, int]:
+    """(width, height) at which the picture just fits into the canvas; rounded up as LLaVA-NeXT does."""
+    across, down = size[1] / image.width, size[0] / image.height
+    if across < down:
+        return size[1], min(math.ceil(image.height * across), size[0])
+    return min(math.ceil(image.width * down), size[1]), size[0]
+
+
 # --- PIL -----------------------------------------------------------------------------------------------------------
 
 
@@ -99,6 +109,14 @@ def _pad_with_pil(image: Image.Image, size: Size, fill: Colour) -> Tensor:
 
 def _squash_with_pil(image: Image.Image, size: Size, _: Colour) -> Tensor:
     return _to_tensor(image.resize((size[1], size[0]), Image.Resampling.BICUBIC))
+
+
+def _fit_with_pil(image: Image.Image, size: Size, fill: Colour) -> Tensor:
+    width, height = _inside(image, size)
+    canvas = Image.new("RGB", (size[1], size[0]), fill)
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    canvas.paste(resized, ((size[1] - width) // 2, (size[0] - height) // 2))
+    return _to_tensor(canvas)
 
 
 def _crop_with_pil(image: Image.Image, size: Size, _: Colour) -> Tensor:
@@ -153,6 +171,11 @@ def _squash_with_torch(image: Image.Image, size: Size, _: Colour) -> Tensor:
     return _scale(_to_tensor(image), size)
 
 
+def _fit_with_torch(image: Image.Image, size: Size, fill: Colour) -> Tensor:
+    width, height = _inside(image, size)
+    return _centre(_scale(_to_tensor(image), (height, width)), size, fill)
+
+
 def _crop_with_torch(image: Image.Image, size: Size, fill: Colour) -> Tensor:
     width, height = _cover(*image.size, size)
     if width * height > 4 * size[0] * size[1]:
@@ -163,8 +186,13 @@ def _crop_with_torch(image: Image.Image, size: Size, fill: Colour) -> Tensor:
 
 _Route = Mapping[str, Callable[[Image.Image, Size, Colour], Tensor]]
 
-WITH_PIL: _Route = {"pad": _pad_with_pil, "squash": _squash_with_pil, "crop": _crop_with_pil}
+WITH_PIL: _Route = {"pad": _pad_with_pil, "squash": _squash_with_pil, "crop": _crop_with_pil, "fit": _fit_with_pil}
 """By manner: (picture, (H, W) of the tile, padding colour) -> (3, H, W) uint8."""
 
-WITH_TORCH: _Route = {"pad": _pad_with_torch, "squash": _squash_with_torch, "crop": _crop_with_torch}
+WITH_TORCH: _Route = {
+    "pad": _pad_with_torch,
+    "squash": _squash_with_torch,
+    "crop": _crop_with_torch,
+    "fit": _fit_with_torch,
+}
 """The same, faster, within two grey levels."""

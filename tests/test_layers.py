@@ -17,6 +17,7 @@ LAYERS = {
     "conversation": 2,
     "images": 2,
     "resize": 2,
+    "tiling": 2,
     "templates": 3,
     "turns": 3,
     "encoding": 3,

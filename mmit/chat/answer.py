@@ -15,9 +15,9 @@ from queue import SimpleQueue
 from typing import Literal
 
 import torch
-from torch import Tensor
 
-from mmit.chat.prompt import check_turns, prompt_ids, prompt_tiles
+from mmit.batch import Encoded
+from mmit.chat.prompt import check_turns, read_prompt, with_pictures
 from mmit.chat.text_stream import TextStream
 from mmit.conversation import Conversation
 from mmit.errors import ConfigError, DataError
@@ -61,13 +61,12 @@ class Answer:
     None until it is complete: ``stop`` where the model ended it or a stop string did, ``length`` where the limit did.
     """
 
-    def __init__(self, loaded: LoadedModel, input_ids: Tensor, pixels: Tensor, sampling: Sampling) -> None:
-        self.prompt_tokens = input_ids.shape[0]
+    def __init__(self, loaded: LoadedModel, prompt: Encoded, sampling: Sampling) -> None:
+        self.prompt_tokens = prompt.length
         self.completion_tokens = 0
         self.finish_reason: FinishReason | None = None
         self._loaded = loaded
-        self._input_ids = input_ids
-        self._pixels = pixels
+        self._prompt = prompt
         self._sampling = sampling
         self._limit = _limit(loaded, self.prompt_tokens, sampling.max_new_tokens)
 
@@ -115,8 +114,7 @@ class Answer:
             if self._sampling.seed is not None:
                 torch.manual_seed(self._sampling.seed)
             self._loaded.model.generate(
-                self._input_ids.to(device),
-                self._pixels.to(device),
+                self._prompt,
                 max_new_tokens=self._limit,
                 temperature=self._sampling.temperature,
                 top_p=self._sampling.top_p,
@@ -136,9 +134,9 @@ def answer(loaded: LoadedModel, conversation: Conversation, sampling: Sampling) 
     no room for ``sampling.max_new_tokens`` in the model's context.
     """
     check_turns(conversation)
-    input_ids = prompt_ids(loaded, conversation)
-    _limit(loaded, input_ids.shape[0], sampling.max_new_tokens)  # before any picture is decoded
-    return Answer(loaded, input_ids, prompt_tiles(loaded, conversation), sampling)
+    prompt = read_prompt(loaded, conversation)
+    _limit(loaded, prompt.length, sampling.max_new_tokens)  # before any picture is decoded
+    return Answer(loaded, with_pictures(prompt, loaded, conversation), sampling)
 
 
 def _limit(loaded: LoadedModel, prompt_tokens: int, asked: int | None) -> int:

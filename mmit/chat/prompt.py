@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
-from torch import Tensor
 
+from mmit.batch import IGNORE, Encoded
 from mmit.conversation import Conversation, ImageRef
 from mmit.encoding import encode
 from mmit.errors import DataError
@@ -39,23 +40,35 @@ def check_turns(conversation: Conversation) -> None:
         raise DataError("the last message must be the user's: there is nothing to answer")
 
 
-def prompt_ids(loaded: LoadedModel, conversation: Conversation) -> Tensor:
-    """Ids (T,) of a conversation up to where its next answer begins: a prefix of those it would be trained with."""
-    spec = loaded.model.spec
-    plans = [
-        spec.plan(*_named(ref, lambda data: read_size(data, max_pixels=spec.max_pixels), conversation))
-        for ref in conversation.image_refs
-    ]
+def read_prompt(loaded: LoadedModel, conversation: Conversation) -> Encoded:
+    """A conversation up to where its next answer begins, its pictures not decoded yet: no tiles.
+
+    The ids are a prefix of those it would be trained with. Raises DataError.
+    """
+    spec, refs = loaded.model.spec, conversation.image_refs
+    plans = tuple(
+        spec.plan(
+            *_named(ref, lambda data: read_size(data, max_pixels=spec.max_pixels), conversation), images=len(refs)
+        )
+        for ref in refs
+    )
     rendered = loaded.template.render(conversation, reply=True)
     sizes = [plan.tokens for plan in plans]
-    return encode(rendered, loaded.tokenizer, sizes, image_id=loaded.image_id, style=loaded.style)[0]
-
-
-def prompt_tiles(loaded: LoadedModel, conversation: Conversation) -> Tensor:
-    """All pictures of a conversation as the encoder takes them: (N, 3, H, W) uint8."""
-    spec = loaded.model.spec
+    ids, _ = encode(rendered, loaded.tokenizer, sizes, image_id=loaded.image_id, style=loaded.style)
     none = torch.empty((0, 3, *spec.canvas), dtype=torch.uint8)
-    return torch.cat([none, *(_named(ref, spec.prepare, conversation) for ref in conversation.image_refs)])
+    return Encoded(id=conversation.id, input_ids=ids, labels=torch.full_like(ids, IGNORE), pixels=none, plans=plans)
+
+
+def with_pictures(prompt: Encoded, loaded: LoadedModel, conversation: Conversation) -> Encoded:
+    """The prompt of ``read_prompt`` with the tiles of its pictures, ready for the model. Raises DataError."""
+    spec, refs = loaded.model.spec, conversation.image_refs
+    tiles = [_named(ref, lambda data: spec.prepare(data, images=len(refs)), conversation) for ref in refs]
+    return replace(prompt, pixels=torch.cat([prompt.pixels, *tiles]))
+
+
+def encode_prompt(loaded: LoadedModel, conversation: Conversation) -> Encoded:
+    """A conversation up to where its next answer begins, ready for the model. Raises DataError."""
+    return with_pictures(read_prompt(loaded, conversation), loaded, conversation)
 
 
 def _named(ref: ImageRef, read: Callable[[bytes], T], conversation: Conversation) -> T:

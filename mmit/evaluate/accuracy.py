@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mmit.chat.prompt import prompt_ids, prompt_tiles
+from mmit.chat.prompt import encode_prompt
 from mmit.conversation import Conversation
 from mmit.errors import DataError
 from mmit.models import LoadedModel
@@ -68,12 +68,11 @@ def ask_all(
     The type of a question is ``meta["type"]`` of its sample (``all`` where it has none). ``on_progress`` is called
     with the number of answers of each batch. Raises DataError for a sample without a question and answer.
     """
-    device = next(loaded.model.parameters()).device
     found: list[Asked] = []
     for start in range(0, len(conversations), batch_size):
         batch = conversations[start : start + batch_size]
         pairs = [question_of(conversation) for conversation in batch]
-        prompts = [(prompt_ids(loaded, asked).to(device), prompt_tiles(loaded, asked).to(device)) for asked, _ in pairs]
+        prompts = [encode_prompt(loaded, asked) for asked, _ in pairs]
         with torch.no_grad():
             answers = loaded.model.generate_batch(
                 prompts, max_new_tokens=max_new_tokens, stop_ids=loaded.template.stop_ids

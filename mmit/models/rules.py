@@ -11,11 +11,11 @@ from torch import nn
 from mmit.errors import ConfigError
 
 PARTS = {
-    "connector": "multi_modal_projector.",
-    "language_model": "language_model.",
-    "vision_tower": "vision_tower.",
+    "connector": ("multi_modal_projector.", "image_newline"),
+    "language_model": ("language_model.",),
+    "vision_tower": ("vision_tower.",),
 }
-"""Part names of a rule, and the beginning of the parameter names they stand for."""
+"""Part names of a rule, and the beginnings of the parameter names they stand for."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def apply_rules(model: nn.Module, rules: Mapping[str, float], *, unused: Callabl
             parts = ", ".join(PARTS)
             raise ConfigError(f"train: the rule '{pattern}' matches no parameter (part names are {parts})")
         winner.update(dict.fromkeys(matched[pattern], pattern))
-    tower = PARTS["vision_tower"]
+    (tower,) = PARTS["vision_tower"]
     idle = unused() if any(name.startswith(tower) and rules[rule] > 0 for name, rule in winner.items()) else set()
     for pattern, found in matched.items():
         if rules[pattern] > 0 and idle.issuperset(found):

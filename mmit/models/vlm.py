@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedModel
 
-from mmit.batch import IGNORE, Batch
+from mmit.batch import IGNORE, Batch, Encoded, collate
 from mmit.errors import ConfigError, DataError
 from mmit.images import ImageSpec, normalize
 from mmit.models import generation
@@ -25,15 +25,18 @@ from mmit.models.attention import (
     sliding_window,
 )
 from mmit.models.head import head_is_plain, labelled_nll
+from mmit.models.mosaic import lay_out
 from mmit.models.placement import placement, runnable
 from mmit.models.rules import TrainGroup, apply_rules
+from mmit.tiling import TilePlan
 
 
 class VisionLanguageModel(nn.Module):
     """Tower, connector and language model as ``vision_tower``, ``multi_modal_projector`` and ``language_model``.
 
     spec: how pictures become pixels and how many image tokens a tile takes; image_id: the token id that stands where
-    an image token will be put. attention: overrides ``choose_attention``. Raises ConfigError for parts that do not fit.
+    an image token will be put. image_newline: (D,), the token that ends a row of a tiled picture, where ``spec`` has
+    one. attention: overrides ``choose_attention``. Raises ConfigError for parts that do not fit.
     """
 
     def __init__(
@@ -44,9 +47,12 @@ class VisionLanguageModel(nn.Module):
         language_model: PreTrainedModel,
         spec: ImageSpec,
         image_id: int,
+        image_newline: nn.Parameter | None = None,
         attention: str | None = None,
     ) -> None:
         super().__init__()
+        assert (image_newline is not None) == spec.has_newline, "the newline token and the tiling belong together"
+        self.image_newline = image_newline
         self.vision_tower = vision_tower
         self.multi_modal_projector = connector
         self.language_model = language_model
@@ -79,34 +85,39 @@ class VisionLanguageModel(nn.Module):
             patches = tower_features(self.vision_tower, pixels, self.spec)  # (N, P, D_vision)
         return self.multi_modal_projector(patches)
 
-    def embed(self, input_ids: Tensor, pixels: Tensor, features: Tensor | None = None) -> Tensor:
-        """Input embeddings (B, T, D) with the image tokens of ``pixels`` in their places.
+    def embed(self, batch: Batch) -> Tensor:
+        """Input embeddings (B, T, D) with the image tokens of ``batch.pixels`` (or ``features``) in their places.
 
-        input_ids: (B, T); pixels: (N, 3, H, W) uint8 in reading order, N may be 0; features: (N, P, D_vision), what the
-        tower makes of the tiles, in their place. Raises DataError where the number of places is not N times the tokens
-        of a tile.
+        Raises DataError where tiles or places are not as many as the plans of the images say.
         """
-        places = (input_ids.view(-1) == self.image_id).nonzero().view(-1)
-        embeddings = self.language_model.get_input_embeddings()(input_ids)
-        given = pixels if features is None else features.to(embeddings.dtype)
+        places = (batch.input_ids.view(-1) == self.image_id).nonzero().view(-1)
+        embeddings = self.language_model.get_input_embeddings()(batch.input_ids)
+        given = batch.pixels if batch.features is None else batch.features.to(embeddings.dtype)
         tiles = given.shape[0]
         # A rank without images runs one zero tile times 0.0: ranks that skipped the tower would wait for each other.
         given = given if tiles else given.new_zeros((1, *given.shape[1:]))
-        images = self.images(given) if features is None else self.multi_modal_projector(given)
-        if len(places) != tiles * images.shape[1]:
+        images = self.images(given) if batch.features is None else self.multi_modal_projector(given)
+        plans = batch.plans or (TilePlan(1, images.shape[1]),) * tiles
+        expected = sum(plan.tokens for plan in plans)
+        if len(places) != expected or tiles != sum(plan.tiles for plan in plans):
             raise DataError(
-                f"{len(places)} image placeholders but {tiles} tiles x {images.shape[1]} tokens; "
+                f"{len(places)} image placeholders and {tiles} tiles x {images.shape[1]} tokens, but the plans of "
+                f"{len(plans)} images say {expected} tokens of {sum(plan.tiles for plan in plans)} tiles; "
                 "the batch was encoded with another ImageSpec than the model's"
             )
         images = images.to(embeddings.dtype)
+        if self.image_newline is not None:
+            # also where no image ends a row: every rank must have a gradient for every parameter that trains
+            images = images + self.image_newline.sum() * 0.0
         if tiles == 0:
             return embeddings + images.sum() * 0.0
+        newline = None if self.image_newline is None else self.image_newline.to(embeddings.dtype)
         flat = embeddings.view(-1, embeddings.shape[-1])
-        return flat.index_copy(0, places, images.flatten(0, 1)).view_as(embeddings)
+        return flat.index_copy(0, places, lay_out(images, plans, newline)).view_as(embeddings)
 
     def forward(self, batch: Batch) -> Tensor:
         """The scalar fp32 sum of -log p over the labelled positions of ``batch``; 0 where there is none."""
-        embeddings = self.embed(batch.input_ids, batch.pixels, batch.features)
+        embeddings = self.embed(batch)
         labels = batch.labels.view(-1)
         places = (labels != IGNORE).nonzero().view(-1)
         if not self.head_is_plain:
@@ -124,7 +135,7 @@ class VisionLanguageModel(nn.Module):
     def logits(self, batch: Batch) -> Tensor:
         """Logits (B, T, V) at every position, by the language model's own forward."""
         return self.language_model(
-            inputs_embeds=self.embed(batch.input_ids, batch.pixels, batch.features),
+            inputs_embeds=self.embed(batch),
             position_ids=batch.position_ids,
             attention_mask=self._mask(batch.position_ids),
             use_cache=False,
@@ -133,8 +144,7 @@ class VisionLanguageModel(nn.Module):
     @torch.no_grad()
     def generate(
         self,
-        input_ids: Tensor,
-        pixels: Tensor,
+        prompt: Encoded,
         *,
         max_new_tokens: int,
         temperature: float = 0.0,
@@ -142,29 +152,28 @@ class VisionLanguageModel(nn.Module):
         stop_ids: Sequence[int] = (),
         on_token: Callable[[int], None] | None = None,
     ) -> list[int]:
-        """Ids of the answer to one prompt (T,) with its tiles (N, 3, H, W), without the stop id that ended it.
+        """Ids of the answer to one prompt (its labels are not looked at), without the stop id that ended it.
 
         temperature 0 is greedy. ``on_token`` is called with each id of the answer as soon as it is known.
         """
         sampling = generation.Sampling(
             max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, stop_ids=tuple(stop_ids)
         )
-        embeddings = self.embed(input_ids.view(1, -1), pixels)
-        return generation.answers(self.language_model, [embeddings[0]], sampling, on_token=on_token)[0]
+        return generation.answers(self.language_model, [self._embed_alone(prompt)], sampling, on_token=on_token)[0]
 
     @torch.no_grad()
     def generate_batch(
         self,
-        prompts: Sequence[tuple[Tensor, Tensor]],
+        prompts: Sequence[Encoded],
         *,
         max_new_tokens: int,
         stop_ids: Sequence[int] = (),
     ) -> list[list[int]]:
-        """Greedy answers to several prompts, each (T,) ids and (N, 3, H, W) tiles; the same as ``generate`` gives."""
+        """Greedy answers to several prompts; the same as ``generate`` gives."""
         sampling = generation.Sampling(
             max_new_tokens=max_new_tokens, temperature=0.0, top_p=1.0, stop_ids=tuple(stop_ids)
         )
-        embeddings = [self.embed(input_ids.view(1, -1), pixels)[0] for input_ids, pixels in prompts]
+        embeddings = [self._embed_alone(prompt) for prompt in prompts]
         return generation.answers(self.language_model, embeddings, sampling)
 
     def train_only(self, rules: Mapping[str, float]) -> list[TrainGroup]:
@@ -181,6 +190,11 @@ class VisionLanguageModel(nn.Module):
             name = type(self.language_model).__name__
             raise ConfigError(f"activation_checkpointing: {name} does not support it; set it to false")
         self.language_model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+
+    def _embed_alone(self, prompt: Encoded) -> Tensor:
+        """Input embeddings (T, D) of one prompt, on the model's device."""
+        batch = collate([[prompt]], pad_id=self.image_id, image_size=self.spec.canvas)
+        return self.embed(batch.to(next(self.parameters()).device))[0]
 
     def _mask(self, position_ids: Tensor) -> Tensor | None:
         return attention_mask_for(position_ids, implementation=self.attention, window=self.window)

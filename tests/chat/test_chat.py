@@ -14,10 +14,10 @@ import torch
 from chat_pictures import bomb, picture
 from PIL import Image
 
-from mmit.batch import Encoded, collate
+from mmit.batch import collate
 from mmit.chat import Chat
 from mmit.chat.answer import Sampling, answer
-from mmit.chat.prompt import prompt_ids, prompt_tiles
+from mmit.chat.prompt import encode_prompt, read_prompt
 from mmit.conversation import Conversation, ImageRef, Message
 from mmit.encoding import encode_conversation
 from mmit.errors import CheckpointError, ConfigError, DataError
@@ -58,13 +58,13 @@ def test_the_prompt_of_a_second_turn_is_the_text_that_vicuna_was_trained_on(llam
     ids = [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]
     place = ids.index(image_id)
     # 28 pixels in patches of 14: four image tokens
-    assert prompt_ids(llama.loaded, second).tolist() == [*ids[:place], *[image_id] * 4, *ids[place + 1 :]]
+    assert read_prompt(llama.loaded, second).input_ids.tolist() == [*ids[:place], *[image_id] * 4, *ids[place + 1 :]]
 
 
 def test_the_prompt_is_a_prefix_of_the_training_ids(chat: Chat) -> None:
     asked = (user(ImageRef(0), "How many?"), Message(role="assistant", content=("Two.",)), user("And", ImageRef(1)))
     images = (picture("red"), picture("blue"))
-    prompt = prompt_ids(chat.loaded, conversation(*asked, images=images)).tolist()
+    prompt = read_prompt(chat.loaded, conversation(*asked, images=images)).input_ids.tolist()
     trained = encode_conversation(
         conversation(*asked, Message(role="assistant", content=("Three.",)), images=images),
         template=chat.loaded.template,
@@ -81,10 +81,9 @@ def test_the_prompt_is_a_prefix_of_the_training_ids(chat: Chat) -> None:
 def test_a_black_and_a_white_picture_change_the_logits_of_the_answer(chat: Chat) -> None:
     def logits(colour: str) -> torch.Tensor:
         asked = conversation(user(ImageRef(0), "Which colour?"), images=(picture(colour),))
-        ids = prompt_ids(chat.loaded, asked)
-        tiles = prompt_tiles(chat.loaded, asked)
-        sample = Encoded(id="x", input_ids=ids, labels=torch.full_like(ids, -100), pixels=tiles)
-        batch = collate([[sample]], pad_id=chat.loaded.pad_id, image_size=chat.loaded.model.spec.size)
+        batch = collate(
+            [[encode_prompt(chat.loaded, asked)]], pad_id=chat.loaded.pad_id, image_size=chat.loaded.model.spec.size
+        )
         with torch.no_grad():
             return chat.loaded.model.logits(batch)[0, -1]
 
@@ -98,8 +97,7 @@ def test_a_black_and_a_white_picture_change_the_logits_of_the_answer(chat: Chat)
 def test_the_answer_is_what_the_model_generates_from_the_prompt(chat: Chat) -> None:
     asked = conversation(user(ImageRef(0), "What is in the picture?"), images=(picture("green"),))
     ids = chat.loaded.model.generate(
-        prompt_ids(chat.loaded, asked),
-        prompt_tiles(chat.loaded, asked),
+        encode_prompt(chat.loaded, asked),
         max_new_tokens=16,
         stop_ids=chat.loaded.template.stop_ids,
     )
@@ -171,9 +169,7 @@ def test_a_pillow_image_is_turned_upright_and_any_mode_is_taken(llama: Chat) -> 
 def test_a_stop_token_ends_the_answer_and_is_not_part_of_it(llama: Chat) -> None:
     asked = conversation(user("Describe the image."))
     limit = Sampling(max_new_tokens=8)
-    ids: list[int] = llama.loaded.model.generate(
-        prompt_ids(llama.loaded, asked), prompt_tiles(llama.loaded, asked), max_new_tokens=8
-    )
+    ids: list[int] = llama.loaded.model.generate(encode_prompt(llama.loaded, asked), max_new_tokens=8)
     stop = next(place for place in range(2, 8) if ids[place] not in ids[:place])
     reply = answer(stopping_at(llama.loaded, stop_ids=(ids[stop],)), asked, limit)
     assert "".join(reply) == text_of(llama.loaded, ids[:stop])
@@ -208,7 +204,7 @@ def test_leaving_a_stream_stops_the_model_and_keeps_what_was_said(llama: Chat) -
 
 
 def test_a_conversation_beyond_the_context_is_refused_with_both_numbers(llama: Chat) -> None:
-    prompt = prompt_ids(llama.loaded, conversation(user("How many?"))).shape[0]
+    prompt = read_prompt(llama.loaded, conversation(user("How many?"))).length
     with pytest.raises(DataError, match=rf"{prompt} tokens and 2048 new ones are wanted.*context holds 2048"):
         llama.ask("How many?", max_new_tokens=2048)
     with pytest.raises(DataError, match=r"tokens and 1 new ones are wanted.*context holds 2048"):

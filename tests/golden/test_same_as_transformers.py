@@ -92,7 +92,7 @@ def test_loss_and_gradients_are_those_of_transformers(case: Case) -> None:
 def test_the_greedy_answer_is_that_of_transformers(case: Case) -> None:
     ours, theirs, _ = case
     one = a_sample(ours)
-    mine = ours.model.generate(one.input_ids, one.pixels, max_new_tokens=12)
+    mine = ours.model.generate(one, max_new_tokens=12)
     pixels = normalize(one.pixels, ours.model.spec)
     theirs.generation_config.eos_token_id = None
     made = theirs.generate(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
-from models_support import sample
+from models_support import batch_of, sample
 from transformers import GenerationConfig
 
 from mmit.models import LoadedModel
@@ -18,10 +19,10 @@ Build = Callable[..., LoadedModel]
 def test_the_cache_changes_nothing(loaded: LoadedModel) -> None:
     """The next id from the whole sequence each time, against the key-value cache."""
     one = sample(loaded, text=range(40, 50), images=1, trained=0)
-    answer = loaded.model.generate(one.input_ids, one.pixels, max_new_tokens=10)
+    answer = loaded.model.generate(one, max_new_tokens=10)
     ids = one.input_ids
     for expected in answer:
-        embeddings = loaded.model.embed(ids[None], one.pixels)
+        embeddings = loaded.model.embed(batch_of(loaded, [[replace(one, input_ids=ids, labels=ids)]]))
         logits = loaded.model.language_model(inputs_embeds=embeddings, use_cache=False).logits
         assert int(logits[0, -1].argmax()) == expected
         ids = torch.cat([ids, torch.tensor([expected])])
@@ -33,22 +34,21 @@ def test_a_batch_gives_the_answers_that_prompts_get_alone(loaded: LoadedModel) -
         sample(loaded, text=range(40, 40 + length), images=images, trained=0, seed=images)
         for length, images in ((10, 1), (3, 0), (21, 2))
     ]
-    pairs = [(prompt.input_ids, prompt.pixels) for prompt in prompts]
-    alone = [loaded.model.generate(*pair, max_new_tokens=8) for pair in pairs]
-    assert loaded.model.generate_batch(pairs, max_new_tokens=8) == alone
+    alone = [loaded.model.generate(prompt, max_new_tokens=8) for prompt in prompts]
+    assert loaded.model.generate_batch(prompts, max_new_tokens=8) == alone
     stop = alone[0][3]
     ended = [ids[: ids.index(stop)] if stop in ids else ids for ids in alone]
-    assert loaded.model.generate_batch(pairs, max_new_tokens=8, stop_ids=[stop]) == ended
+    assert loaded.model.generate_batch(prompts, max_new_tokens=8, stop_ids=[stop]) == ended
     assert len(ended[0]) <= 3
 
 
 def test_a_stop_id_ends_the_answer_and_is_not_part_of_it(build: Build) -> None:
     loaded = build()
     one = sample(loaded, text=range(40, 50), images=1, trained=0)
-    whole = loaded.model.generate(one.input_ids, one.pixels, max_new_tokens=8)
+    whole = loaded.model.generate(one, max_new_tokens=8)
     stop = whole[4]
     seen: list[int] = []
-    short = loaded.model.generate(one.input_ids, one.pixels, max_new_tokens=8, stop_ids=[stop], on_token=seen.append)
+    short = loaded.model.generate(one, max_new_tokens=8, stop_ids=[stop], on_token=seen.append)
     assert short == whole[: whole.index(stop)]
     assert seen == short
 
@@ -59,11 +59,11 @@ def test_sampling_follows_the_seed_and_top_p_near_zero_is_greedy(build: Build) -
 
     def answer(*, temperature: float, top_p: float, seed: int) -> list[int]:
         torch.manual_seed(seed)
-        return loaded.model.generate(one.input_ids, one.pixels, max_new_tokens=8, temperature=temperature, top_p=top_p)
+        return loaded.model.generate(one, max_new_tokens=8, temperature=temperature, top_p=top_p)
 
     assert answer(temperature=2.0, top_p=1.0, seed=1) == answer(temperature=2.0, top_p=1.0, seed=1)
     assert answer(temperature=2.0, top_p=1.0, seed=1) != answer(temperature=2.0, top_p=1.0, seed=2)
-    greedy = loaded.model.generate(one.input_ids, one.pixels, max_new_tokens=8)
+    greedy = loaded.model.generate(one, max_new_tokens=8)
     assert answer(temperature=2.0, top_p=1e-6, seed=1) == greedy
 
 
@@ -79,7 +79,7 @@ def test_generation_switches_nothing_for_training(build: Build) -> None:
     model.train_only({"connector": 1.0})
     one = sample(loaded, text=range(40, 50), images=1, trained=0)
     model.eval()
-    model.generate(one.input_ids, one.pixels, max_new_tokens=2)
+    model.generate(one, max_new_tokens=2)
     assert model.language_model.config._attn_implementation == model.attention
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -88,4 +88,4 @@ def test_generation_switches_nothing_for_training(build: Build) -> None:
 def test_prompts_with_and_without_images_are_answered(build: Build, images: int) -> None:
     loaded = build("siglip_qwen2")
     one = sample(loaded, text=range(40, 50), images=images, trained=0)
-    assert len(loaded.model.generate(one.input_ids, one.pixels, max_new_tokens=3)) == 3
+    assert len(loaded.model.generate(one, max_new_tokens=3)) == 3

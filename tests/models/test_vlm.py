@@ -111,7 +111,7 @@ def test_tower_and_connector_run_once_in_every_forward(build: Build) -> None:
 def test_a_wrong_number_of_placeholders_is_an_error_with_both_numbers(build: Build, images: int, kept: int) -> None:
     loaded = build()
     batch = batch_of(loaded, [[sample(loaded, text=range(40, 50), images=images, trained=4)]])
-    with pytest.raises(DataError, match=f"{4 * images} image placeholders but {kept} tiles x 4 tokens"):
+    with pytest.raises(DataError, match=f"{4 * images} image placeholders and {kept} tiles x 4 tokens"):
         loaded.model(replace(batch, pixels=batch.pixels[:kept]))
 
 
