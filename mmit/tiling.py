@@ -79,10 +79,10 @@ class Anyres:
                 raise ConfigError(
                     f"tiling pinpoint {width} x {height} is not whole tiles of {tile[0]} x {tile[1]} pixels"
                 )
-        if self.unpad and math.isqrt(tokens_per_tile) ** 2 != tokens_per_tile:
+        if self.unpad and (tile[0] != tile[1] or math.isqrt(tokens_per_tile) ** 2 != tokens_per_tile):
             raise ConfigError(
-                f"tiling unpad needs the tokens of a tile to be a square, and they are {tokens_per_tile}; set unpad "
-                "to false, or drop the class token"
+                f"tiling unpad needs square tiles and a square number of tokens in each, not {tile[0]} x {tile[1]} "
+                f"pixels and {tokens_per_tile} tokens; set unpad to false, or drop the class token"
             )
 
     def cuts(self, images: int) -> bool:

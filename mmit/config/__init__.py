@@ -33,11 +33,13 @@ from mmit.config.model import (
 )
 from mmit.config.parts import CustomPart
 from mmit.config.sections import Section, parse_count
+from mmit.config.tiling import AnyresTiling, DynamicTiling
 from mmit.config.training import Launch, Log, Optim, Save, Stage, Zero
 
 __all__ = [
     "NAME",
     "SUBSET",
+    "AnyresTiling",
     "AveragePoolConnector",
     "Batching",
     "CAbstractorConnector",
@@ -45,6 +47,7 @@ __all__ = [
     "Connector",
     "CustomPart",
     "Data",
+    "DynamicTiling",
     "Encoder",
     "LanguageModel",
     "Launch",

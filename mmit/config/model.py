@@ -9,6 +9,7 @@ from pydantic import Discriminator, Tag
 from mmit.config.connectors import Connector, MlpConnector
 from mmit.config.parts import CustomPart, kind_of
 from mmit.config.sections import Section
+from mmit.config.tiling import Tiling
 
 
 class TransformersEncoder(Section):
@@ -78,6 +79,8 @@ class ComposedModel(Section):
     encoder: Encoder
     connector: Connector = MlpConnector()
     language_model: LanguageModel
+    tiling: Tiling | None = None
+    """How a picture is cut into several tiles; null: it is one tile."""
 
 
 class WholeModel(Section):

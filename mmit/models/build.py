@@ -11,6 +11,7 @@ from mmit.models.encoders import VisionEncoder, build_encoder
 from mmit.models.language_models import check_vocabulary, grow_embeddings, read_language_model, token_table
 from mmit.models.load import load_model
 from mmit.models.loaded import LoadedModel
+from mmit.models.tiling import fresh_newline, tiling_of
 from mmit.models.vlm import VisionLanguageModel
 from mmit.templates import ChatTemplate
 from mmit.tokenizer import load_tokenizer, prepare_tokenizer
@@ -35,10 +36,11 @@ def _compose(section: ComposedModel, *, dtype: torch.dtype, seed: int) -> Loaded
     check_vocabulary(llm_path, len(tokenizer), language_model)
     prepared = prepare_tokenizer(tokenizer)
     grow_embeddings(language_model, len(prepared.tokenizer))
+    width = token_table(language_model).embedding_dim
     connector = build_connector(
         section.connector,
         width_in=tower.width,
-        width_out=token_table(language_model).embedding_dim,
+        width_out=width,
         patches=tower.patches,
         seed=seed,
         dtype=dtype,
@@ -52,6 +54,7 @@ def _compose(section: ComposedModel, *, dtype: torch.dtype, seed: int) -> Loaded
             language_model=language_model,
             spec=spec,
             image_id=prepared.image_id,
+            image_newline=fresh_newline(width, seed=seed, dtype=dtype) if spec.has_newline else None,
         ),
         tokenizer=prepared.tokenizer,
         template=ChatTemplate.load(section.language_model.template, prepared.tokenizer),
@@ -64,7 +67,7 @@ def _compose(section: ComposedModel, *, dtype: torch.dtype, seed: int) -> Loaded
 
 
 def image_spec(section: ComposedModel, tower: VisionEncoder, connector: Connector) -> ImageSpec:
-    """How pictures enter the model that is composed of these parts."""
+    """How pictures enter the model that is composed of these parts. Raises ConfigError where they do not fit."""
     return ImageSpec(
         size=tower.image.size,
         mean=tower.image.mean,
@@ -73,4 +76,5 @@ def image_spec(section: ComposedModel, tower: VisionEncoder, connector: Connecto
         tokens_per_tile=connector.tokens(tower.patches),
         exact=getattr(section.encoder, "exact_resize", False),
         draft=getattr(section.encoder, "draft", False),
+        tiling=tiling_of(section, tower.image.size, connector),
     )

@@ -106,10 +106,9 @@ def processor_config(model: VisionLanguageModel) -> dict[str, Any]:
     }
 
 
-def preprocessor_config(spec: ImageSpec) -> dict[str, Any]:
-    """``preprocessor_config.json``: the image processor of transformers that resizes as ``spec`` does."""
-    height, width = spec.size
-    common = {
+def pixel_config(spec: ImageSpec) -> dict[str, Any]:
+    """What the image processors of all formats have in common."""
+    return {
         "do_convert_rgb": True,
         "do_normalize": True,
         "do_rescale": True,
@@ -118,8 +117,13 @@ def preprocessor_config(spec: ImageSpec) -> dict[str, Any]:
         "image_std": list(spec.std),
         "resample": _BICUBIC,
         "rescale_factor": 1 / 255,
-        "processor_class": "LlavaProcessor",
     }
+
+
+def preprocessor_config(spec: ImageSpec) -> dict[str, Any]:
+    """``preprocessor_config.json``: the image processor of transformers that resizes as ``spec`` does."""
+    height, width = spec.size
+    common = {**pixel_config(spec), "processor_class": "LlavaProcessor"}
     if spec.resize == "squash":
         return {
             **common,

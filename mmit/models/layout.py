@@ -22,6 +22,7 @@ _NATIVE_V5 = (
     ("model.vision_tower.", _TOWER),
     ("model.multi_modal_projector.", "multi_modal_projector."),
     ("model.language_model.", "language_model.model."),
+    ("model.image_newline", "image_newline"),
     ("lm_head.", "language_model.lm_head."),
 )
 # Buffers that older versions of transformers saved and newer ones compute.

@@ -50,6 +50,11 @@ def load_model(path: Path | str, *, dtype: torch.dtype, template: str = "own") -
             f"{contents.directory}: the tokenizer (with <image> and padding) has {len(prepared.tokenizer)} tokens, "
             f"the model {rows} embeddings; they do not belong together"
         )
+    spec = form.spec(contents, tower.image, projector.tokens(tower.patches))
+    newline = None
+    if spec.has_newline:
+        newline = nn.Parameter(torch.empty(token_table(language_model).embedding_dim, dtype=dtype))
+        frame.image_newline = newline
     with form.tensors(contents, tower) as stored:
         read_into(frame, stored)
     return LoadedModel(
@@ -57,8 +62,9 @@ def load_model(path: Path | str, *, dtype: torch.dtype, template: str = "own") -
             vision_tower=tower,
             connector=projector,
             language_model=language_model,
-            spec=form.spec(contents, tower.image, projector.tokens(tower.patches)),
+            spec=spec,
             image_id=prepared.image_id,
+            image_newline=newline,
         ),
         tokenizer=prepared.tokenizer,
         template=ChatTemplate.load(template, prepared.tokenizer),

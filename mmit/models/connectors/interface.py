@@ -30,7 +30,7 @@ class Connector(Protocol):
         ...
 
 
-def keeps_grid(connector: nn.Module) -> bool:
+def keeps_grid(connector: nn.Module | Connector) -> bool:
     """True where the image tokens of a tile are a square grid, row by row, over the tile's picture."""
     return bool(getattr(connector, "keeps_grid", False))
 

@@ -12,11 +12,12 @@ from mmit.errors import CheckpointError
 from mmit.models.formats.contents import Contents, read_contents, read_json
 from mmit.models.formats.form import Format, Writer
 from mmit.models.formats.llava import LLAVA
+from mmit.models.formats.llava_next import LLAVA_NEXT, LLAVA_ONEVISION
 from mmit.models.formats.own import OWN
 from mmit.models.loaded import FORMAT
 from mmit.models.vlm import VisionLanguageModel
 
-FORMATS: tuple[Format, ...] = (LLAVA, OWN)
+FORMATS: tuple[Format, ...] = (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, OWN)
 """All formats, in the order in which they are asked; for writing, the first one that can hold the model is taken."""
 
 __all__ = ["FORMATS", "Contents", "Format", "Writer", "choose_writer", "detect", "read_contents", "read_json"]

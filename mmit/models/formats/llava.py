@@ -105,6 +105,13 @@ def tensors(contents: Contents, made: nn.Module) -> StoredTensors:
 
 def why_not(model: VisionLanguageModel) -> str | None:
     """Why transformers' LlavaForConditionalGeneration cannot hold this model, or None where it can."""
+    if model.spec.tiling is not None:
+        return f"Llava has one tile for an image, this model cuts it ({type(model.spec.tiling).__name__.lower()})"
+    return why_not_parts(model)
+
+
+def why_not_parts(model: VisionLanguageModel) -> str | None:
+    """Why no LLaVA class of transformers has the parts of this model, or None where they have."""
     projector, language_model = model.multi_modal_projector, model.language_model
     head = language_model.get_output_embeddings()
     if not is_clip_like(model.vision_tower):
