@@ -2,10 +2,13 @@
 
     <stage>/checkpoints/step-000040/
         model/       the model directory, as at the end of a stage
-        engine/      DeepSpeed's state: master weights and moments, one file per rank
+        engine/      master weights and moments, one file per rank (see engine_state)
         state.json   the few integers that the loader and the schedule need
-        files.json   the size of every file, to tell a damaged checkpoint from a whole one
+        files.json   size and CRC-32 of every file, to tell a damaged checkpoint from a whole one
         COMPLETE     written last; a folder without it is ignored
+
+The next run may have another number of ranks and another ZeRO stage. A damaged checkpoint is set aside, and the one
+before it is taken.
 
 Random numbers need no state: each step seeds its own from (seed, stage, step, rank).
 """
@@ -16,8 +19,9 @@ import errno
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -27,13 +31,15 @@ from pydantic import TypeAdapter
 from mmit.config import RunConfig
 from mmit.distributed import all_reduce_sum, logger, rank, world_size
 from mmit.errors import CheckpointError, MmitError, OtherRankFailed
+from mmit.train import engine_state
 from mmit.train.engine import Engine, device
 from mmit.train.settings import check_unchanged, deciding_settings
 
 MARKER = "COMPLETE"
 FILES = "files.json"
 T = TypeVar("T")
-VERSION = 1
+VERSION = 2
+"""2: the state by parameter name; 1: DeepSpeed's own files, continued by the same ranks and ZeRO stage only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,37 +72,54 @@ def _step_of(checkpoint: Path) -> int:
 
 
 def read_state(checkpoint: Path, *, steps: int) -> RunState:
-    """The state in a checkpoint of a plan of ``steps``. Raises CheckpointError where it is unreadable or damaged."""
-    remedy = f"remove {checkpoint} to continue from the one before"
+    """The state in a checkpoint of a plan of ``steps``.
+
+    The files are shared out: each rank looks at some. Raises CheckpointError where one is unreadable or damaged.
+    """
     try:
         state = TypeAdapter(RunState).validate_json((checkpoint / "state.json").read_bytes())
-        sizes = json.loads((checkpoint / FILES).read_text(encoding="utf-8")).items()
-        wrong = [name for name, size in sizes if _size(checkpoint / name) != size]
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{checkpoint}: unreadable ({' '.join(str(error).split())}); {remedy}") from None
+        files = json.loads((checkpoint / FILES).read_text(encoding="utf-8"))
+        mine = sorted(files)[rank() :: world_size()]
+        wrong = [name for name in mine if not _is_as_written(checkpoint / name, files[name])]
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{checkpoint}: unreadable ({' '.join(str(error).split())})") from None
     if wrong:
-        raise CheckpointError(f"{checkpoint}: {wrong[0]} is not as it was written; {remedy}")
-    if state.version != VERSION:
-        raise CheckpointError(f"{checkpoint}: version {state.version}, this mmit reads version {VERSION}")
+        raise CheckpointError(f"{checkpoint}: {wrong[0]} is not as it was written")
     if state.step != _step_of(checkpoint) or state.step > steps:
-        raise CheckpointError(f"{checkpoint}: says step {state.step} of {steps}; {remedy}")
+        raise CheckpointError(f"{checkpoint}: says step {state.step} of {steps}")
     return state
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else -1
+def _is_as_written(path: Path, said: int | list[int]) -> bool:
+    if isinstance(said, int):  # version 1 kept sizes only
+        return path.is_file() and path.stat().st_size == said
+    size, crc = said
+    return path.is_file() and path.stat().st_size == size and _crc(path) == crc
+
+
+def _crc(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            crc = zlib.crc32(block, crc)
+    return crc
 
 
 def check_continues(found: RunState, wanted: RunState, checkpoint: Path) -> None:
     """Raise CheckpointError, saying what changed, where a checkpoint belongs to another run than the one asked for."""
+    if found.version > VERSION:
+        raise CheckpointError(f"{checkpoint}: version {found.version}, this mmit reads up to {VERSION}; update mmit")
     check_unchanged(found.settings, wanted.settings, what=checkpoint)
     remedy = "undo the change, or start again with --fresh"
     same = {
         "plan": "the data changed: shards, lengths, tokenizer or template are not those of before",
-        "world": f"it was written by {found.world} ranks and this run has {wanted.world}",
-        "zero_stage": f"it was written under ZeRO-{found.zero_stage} and this run asks for ZeRO-{wanted.zero_stage}",
         "precision": f"it was written in {found.precision} and this run asks for {wanted.precision}",
     }
+    if found.version == 1:
+        same |= {
+            "world": f"it was written by {found.world} ranks of an older mmit and this run has {wanted.world}",
+            "zero_stage": f"an older mmit wrote it under ZeRO-{found.zero_stage}, not ZeRO-{wanted.zero_stage}",
+        }
     for field, change in same.items():
         if getattr(found, field) != getattr(wanted, field):
             raise CheckpointError(f"{checkpoint}: cannot be continued: {change}; {remedy}")
@@ -113,7 +136,7 @@ def save(folder: Path, engine: Engine, state: RunState, *, write_model: Callable
 
     def write() -> None:
         write_model(partial / "model")
-        engine.deepspeed.save_checkpoint(str(partial / "engine"), tag="state", exclude_frozen_parameters=True)
+        engine_state.save(engine, partial / "engine")
         if rank() == 0:
             (partial / "state.json").write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
 
@@ -170,8 +193,9 @@ def _make_empty(partial: Path) -> None:
 def _publish(partial: Path, final: Path) -> None:
     if rank() != 0:
         return
-    sizes = {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
-    (partial / FILES).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
+    files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
+    written = {str(path.relative_to(partial)): [path.stat().st_size, _crc(path)] for path in files}
+    (partial / FILES).write_text(json.dumps(written, indent=1), encoding="utf-8")
     with (partial / MARKER).open("w", encoding="utf-8") as marker:
         marker.write("all files of this checkpoint are written\n")
         marker.flush()
@@ -188,25 +212,58 @@ def _remove_old(folder: Path, keep_last: int) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def load_engine(checkpoint: Path, engine: Engine) -> None:
-    """Put DeepSpeed's state back; collective. Raises CheckpointError on every rank where it fails on one."""
+def resume(folder: Path, engine: Engine, wanted: RunState, *, steps: int) -> RunState:
+    """The state of the newest checkpoint that is whole, put into the engine; ``wanted`` where there is none.
 
-    def load() -> None:
+    A damaged checkpoint is set aside, and the one before it is taken; collective. Raises CheckpointError for a
+    checkpoint of another run, and where all are damaged.
+    """
+    found = complete(folder)
+    for checkpoint in reversed(found):
         try:
-            path, _ = engine.deepspeed.load_checkpoint(
-                str(checkpoint / "engine"), tag="state", load_module_strict=False
-            )
-        except Exception as error:  # whatever a damaged file makes torch or DeepSpeed raise; the run ends
-            reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(
-                f"{checkpoint}: the state of the optimizer cannot be read ({reason}); "
-                "remove this folder to continue from the one before"
-            ) from error
-        if path is None:
-            raise CheckpointError(f"{checkpoint}: holds no state of the optimizer; remove this folder")
+            stored = collectively(lambda at=checkpoint: read_state(at, steps=steps), what=checkpoint)
+        except (CheckpointError, OtherRankFailed) as error:
+            _set_aside(checkpoint, error)
+            continue
+        check_continues(stored, wanted, checkpoint)
+        try:
+            collectively(lambda at=checkpoint, of=stored: _load(at, engine, of), what=checkpoint)
+        except (CheckpointError, OtherRankFailed) as error:
+            _set_aside(checkpoint, error)
+            continue
+        logger.info("continues from %s", checkpoint)
+        if (stored.world, stored.zero_stage) != (wanted.world, wanted.zero_stage):
+            logger.info("which %d ranks wrote under ZeRO-%d", stored.world, stored.zero_stage)
+        return replace(wanted, step=stored.step)
+    if found:
+        raise CheckpointError(f"{folder}: every checkpoint is damaged; train the stage again with --fresh")
+    return wanted
 
-    collectively(load, what=checkpoint)
-    logger.info("continues from %s", checkpoint)
+
+def _set_aside(checkpoint: Path, error: MmitError) -> None:
+    """Give a damaged checkpoint a name under which no run finds it; collective."""
+    aside = checkpoint.with_name(f".{checkpoint.name}.damaged")
+    logger.warning("%s; kept as %s, and the checkpoint before it is taken", error, aside.name)
+
+    def move() -> None:
+        if rank() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(checkpoint, aside)
+
+    collectively(move, what=checkpoint)
+
+
+def _load(checkpoint: Path, engine: Engine, state: RunState) -> None:
+    if state.version > 1:
+        engine_state.load(engine, checkpoint / "engine")
+        return
+    try:
+        path, _ = engine.deepspeed.load_checkpoint(str(checkpoint / "engine"), tag="state", load_module_strict=False)
+    except Exception as error:  # whatever a damaged file makes torch or DeepSpeed raise; the run ends
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{checkpoint}: the state of the optimizer cannot be read ({reason})") from error
+    if path is None:
+        raise CheckpointError(f"{checkpoint}: holds no state of the optimizer")
 
 
 def facts(config: RunConfig, *, stage: str, plan: str) -> dict[str, Any]:

@@ -68,8 +68,11 @@ def deepspeed_config(
         raise ConfigError(
             "zero.offload_optimizer: cpu needs zero.stage 1, 2 or 3; stage 0 partitions nothing that could be moved"
         )
+    # In bf16 without ZeRO, DeepSpeed makes an optimizer step on zero gradients before the first one: weights decay and
+    # Adam's bias correction is one step ahead. Its stage 1 computes the same numbers without that.
+    stage = 1 if zero.stage == 0 and dtype != torch.float32 else zero.stage
     sections: dict[str, Any] = {
-        "stage": zero.stage,
+        "stage": stage,
         "contiguous_gradients": True,
         "overlap_comm": dtype != torch.float32,
     }

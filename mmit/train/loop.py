@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from mmit.train.feed import SkippedRecord
 
 
+_DIGESTS = 2**48
+
+
 class StopRequest:
     """Notes SIGTERM and Ctrl-C; the loop looks at it between steps."""
 
@@ -58,7 +61,7 @@ class Counts:
     @classmethod
     def of(cls, step: StepBatches, *, stop: bool) -> Counts:
         """The sums over all ranks; collective."""
-        digest = sum(_hash(name) for batch in step.batches for name in batch.sample_ids) % 2**48
+        digest = sum(_hash(name) for batch in step.batches for name in batch.sample_ids) % _DIGESTS
         local = [
             sum(batch.trained_tokens for batch in step.batches),
             sum(batch.tokens for batch in step.batches),
@@ -69,7 +72,9 @@ class Counts:
             int(stop),
         ]
         total = all_reduce_sum(torch.tensor(local, dtype=torch.int64, device=device())).tolist()
-        return cls(**dict(zip(cls.__dataclass_fields__, total, strict=True)))
+        sums = dict(zip(cls.__dataclass_fields__, total, strict=True))
+        sums["digest"] %= _DIGESTS  # however many ranks the samples were dealt to
+        return cls(**sums)
 
 
 def _hash(sample_id: str) -> int:

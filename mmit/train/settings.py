@@ -15,13 +15,16 @@ from mmit.errors import ConfigError
 HARMLESS = (
     "save",
     "log",
+    "zero",
+    "activation_checkpointing",
+    "batch.rows_per_micro_batch",
     "data.workers",
     "data.max_skipped",
     "data.on_missing_shard",
     "data.cache",
     "data.cache_gb",
 )
-"""Settings of a stage that change nothing in its weights."""
+"""Settings of a stage that change nothing in its weights but the order of sums, so that a run may go on with others."""
 
 
 def deciding_settings(config: RunConfig, stage: str) -> dict[str, Any]:

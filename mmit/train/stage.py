@@ -23,7 +23,6 @@ from mmit.train.settings import deciding_settings
 
 if TYPE_CHECKING:
     from mmit.models import LoadedModel
-    from mmit.train.checkpoint import RunState
     from mmit.train.engine import Engine
     from mmit.train.feed import Feed
     from mmit.train.loop import Counts, StopRequest
@@ -86,7 +85,7 @@ def _train(config: RunConfig, name: str, *, stop: StopRequest, fresh: bool) -> P
         settings=deciding_settings(config, name),
     )
     engine = _make_engine(stage, loaded, dtype=dtype)
-    state = _resume(folder, engine, state, steps=feed.plan.steps)
+    state = checkpoint.resume(folder / "checkpoints", engine, state, steps=feed.plan.steps)
     if rank() == 0:
         (folder / "config.yaml").write_text(resolved_yaml(config), encoding="utf-8")
     _announce(config, name, feed)
@@ -227,18 +226,6 @@ def _engine_settings(stage: Stage, dtype: torch.dtype) -> dict[str, Any]:
         micro_batches=accumulation(rows_per_step=stage.batch.rows_per_step, rows_per_micro_batch=rows),
         clip_norm=stage.optim.clip_norm,
     )
-
-
-def _resume(folder: Path, engine: Engine, state: RunState, *, steps: int) -> RunState:
-    from mmit.train import checkpoint
-
-    found = checkpoint.newest(folder / "checkpoints")
-    if found is None:
-        return state
-    stored = checkpoint.read_state(found, steps=steps)
-    checkpoint.check_continues(stored, state, found)
-    checkpoint.load_engine(found, engine)
-    return replace(state, step=stored.step)
 
 
 def _announce(config: RunConfig, name: str, feed: Feed) -> None:

@@ -159,7 +159,11 @@ def main(run_file: str) -> None:
                 "norm": abs(got_norm - norm) / norm,
             }
     result["born"] = born_partitioned(config, Path(run_file).parent)
+    from elastic_state import cases
+
+    elastic = cases(config, Path(run_file).parent / "states")
     if rank() == 0:
+        result["elastic"] = elastic
         start = build_model(config.model, dtype=torch.float32, seed=0).model.state_dict()
         result["moved"] = max(float((start[k] - expected[k]).abs().max()) for k in expected)
         print(json.dumps(result))
