@@ -8,12 +8,12 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from mmit.config import Zero
 from mmit.distributed import world_size
 from mmit.errors import ConfigError
+from mmit.train.deepspeed_keys import check_keys
 
 OWNED = (
     "train_batch_size",
@@ -63,7 +63,7 @@ def accumulation(*, rows_per_step: int, rows_per_micro_batch: int) -> int:
 def deepspeed_config(
     zero: Zero, *, dtype: torch.dtype, rows_per_micro_batch: int, micro_batches: int, clip_norm: float
 ) -> dict[str, Any]:
-    """DeepSpeed's dictionary for one stage. Raises ConfigError where ``zero.extra`` sets what mmit owns."""
+    """DeepSpeed's dictionary for one stage. Raises ConfigError where ``zero.extra`` is refused."""
     if zero.offload_optimizer == "cpu" and zero.stage == 0:
         raise ConfigError(
             "zero.offload_optimizer: cpu needs zero.stage 1, 2 or 3; stage 0 partitions nothing that could be moved"
@@ -92,6 +92,7 @@ def deepspeed_config(
         "steps_per_print": 10**12,
     }
     _merge(config, zero.extra, "")
+    check_keys(config, zero.extra)
     return config
 
 
@@ -129,12 +130,7 @@ class Engine:
             # plain fp32 without ZeRO: DeepSpeed clips but does not tell the norm, so torch does both
             config = {**config, "gradient_clipping": 0.0}
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        try:
-            self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-        except ValidationError as error:  # the other keys are mmit's own
-            first = error.errors(include_url=False)[0]
-            path = ".".join(str(part) for part in first["loc"])
-            raise ConfigError(f"zero.extra: DeepSpeed refuses '{path}': {first['msg']}") from None
+        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         assert self.deepspeed.optimizer is not None, "DeepSpeed wraps the optimizer it was given"
         self.optimizer = self.deepspeed.optimizer
         self.zero_stage: int = config["zero_optimization"]["stage"]
