@@ -181,4 +181,6 @@ def _below(annotation: Any, part: int | str) -> Any:  # noqa: ANN401  (a type ex
         return field.annotation if field else None
     if get_origin(annotation) in (dict, list):
         return get_args(annotation)[-1]
+    if get_origin(annotation) is tuple:
+        return get_args(annotation)[0]
     return None

@@ -159,7 +159,7 @@ def test_training_nothing_is_refused() -> None:
 
 def test_an_unknown_encoder_type_names_those_that_exist() -> None:
     assert mistakes(RUN, "model.encoder.type=clipp")[1] == (
-        "  model.encoder: 'type' must be one of transformers, open_clip, or package.module:Class"
+        "  model.encoder: 'type' must be one of transformers, open_clip, timm, or package.module:Class"
     )
 
 

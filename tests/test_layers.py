@@ -37,6 +37,7 @@ LAYERS = {
 DOORS = {
     "deepspeed": {"train"},
     "open_clip": {"models", "demo"},
+    "timm": {"models"},
     "webdataset": {"data"},
     "fastapi": {"chat"},
     "uvicorn": {"chat"},

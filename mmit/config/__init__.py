@@ -22,15 +22,8 @@ from mmit.config.connectors import (
     PixelShuffleConnector,
 )
 from mmit.config.data import SUBSET, Batching, Data, Source
-from mmit.config.model import (
-    ComposedModel,
-    Encoder,
-    LanguageModel,
-    Model,
-    OpenClipEncoder,
-    TransformersEncoder,
-    WholeModel,
-)
+from mmit.config.encoders import Encoder, OneEncoder, OpenClipEncoder, TimmEncoder, TransformersEncoder
+from mmit.config.model import ComposedModel, LanguageModel, Model, WholeModel
 from mmit.config.parts import CustomPart
 from mmit.config.sections import Section, parse_count
 from mmit.config.tiling import AnyresTiling, DynamicTiling
@@ -55,6 +48,7 @@ __all__ = [
     "Log",
     "MlpConnector",
     "Model",
+    "OneEncoder",
     "OpenClipEncoder",
     "Optim",
     "PerceiverConnector",
@@ -64,6 +58,7 @@ __all__ = [
     "Section",
     "Source",
     "Stage",
+    "TimmEncoder",
     "TransformersEncoder",
     "WholeModel",
     "Zero",

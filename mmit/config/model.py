@@ -7,59 +7,9 @@ from typing import Annotated, Literal
 from pydantic import Discriminator, Tag
 
 from mmit.config.connectors import Connector, MlpConnector
-from mmit.config.parts import CustomPart, kind_of
+from mmit.config.encoders import Encoder
 from mmit.config.sections import Section
 from mmit.config.tiling import Tiling
-
-
-class TransformersEncoder(Section):
-    """A CLIP or SigLIP tower read by transformers."""
-
-    type: Literal["transformers"] = "transformers"
-    path: str
-    """Directory or hub name of a CLIP or SigLIP model."""
-    layer: int = -2
-    """Hidden state to take, counted as in transformers: -1 the last layer, -2 the one before it, 0 the embeddings."""
-    cls: Literal["drop", "keep"] = "drop"
-    """What becomes of the class token (SigLIP has none)."""
-    resize: Literal["pad", "squash", "crop"] = "pad"
-    """How a picture becomes square: padded with the mean colour, squashed, or cropped at the centre."""
-    exact_resize: bool = False
-    """True: resize with Pillow, bit for bit as LLaVA does; False: the faster route, at most two grey levels off."""
-    draft: bool = False
-    """True: let the JPEG decoder make large photos smaller: faster, and on average half a grey level off."""
-
-
-class OpenClipEncoder(Section):
-    """A vision transformer read by open_clip."""
-
-    type: Literal["open_clip"]
-    name: str
-    """open_clip's model name, such as ``ViT-L-14-336``, or a JSON file with a model configuration."""
-    pretrained: str
-    """open_clip's tag, such as ``openai``, or a weight file."""
-    layer: int = -2
-    """Hidden state to take, counted as in transformers: -1 the last layer, -2 the one before it."""
-    cls: Literal["drop", "keep"] = "drop"
-    """What becomes of the class token."""
-    resize: Literal["pad", "squash", "crop"] = "pad"
-    """How a picture becomes square: padded with the mean colour, squashed, or cropped at the centre."""
-    exact_resize: bool = False
-    """True: resize with Pillow, bit for bit as LLaVA does; False: the faster route, at most two grey levels off."""
-    draft: bool = False
-    """True: let the JPEG decoder make large photos smaller: faster, and on average half a grey level off."""
-
-
-Encoder = Annotated[
-    Annotated[TransformersEncoder, Tag("transformers")]
-    | Annotated[OpenClipEncoder, Tag("open_clip")]
-    | Annotated[CustomPart, Tag("custom")],
-    Discriminator(
-        kind_of,
-        custom_error_type="unknown_type",
-        custom_error_message="'type' must be one of transformers, open_clip, or package.module:Class",
-    ),
-]
 
 
 class LanguageModel(Section):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from mmit.config import ComposedModel, WholeModel
-from mmit.images import ImageSpec
+from mmit.images import ImageSpec, View
 from mmit.models.connectors import Connector, build_connector
-from mmit.models.encoders import VisionEncoder, build_encoder
+from mmit.models.encoders import VisionEncoder, build_encoder, encoders_of, section_of
 from mmit.models.language_models import check_vocabulary, grow_embeddings, read_language_model, token_table
 from mmit.models.load import load_model
 from mmit.models.loaded import LoadedModel
@@ -61,20 +62,32 @@ def _compose(section: ComposedModel, *, dtype: torch.dtype, seed: int) -> Loaded
         image_id=prepared.image_id,
         pad_id=prepared.pad_id,
         style=section.language_model.text_style,
-        encoder=section.encoder.model_dump(),
+        encoder=section_of(section.encoder),
         connector=section.connector.model_dump(),
     )
 
 
-def image_spec(section: ComposedModel, tower: VisionEncoder, connector: Connector) -> ImageSpec:
+def image_spec(section: ComposedModel, tower: nn.Module, connector: Connector) -> ImageSpec:
     """How pictures enter the model that is composed of these parts. Raises ConfigError where they do not fit."""
+    sections = section.encoder if isinstance(section.encoder, tuple) else (section.encoder,)
+    seen = [
+        View(
+            size=encoder.image.size,
+            mean=encoder.image.mean,
+            std=encoder.image.std,
+            resize=getattr(one, "resize", "pad"),
+        )
+        for one, encoder in zip(sections, encoders_of(tower), strict=True)
+    ]
+    assert isinstance(tower, VisionEncoder), "build_encoder checks it"
     return ImageSpec(
-        size=tower.image.size,
-        mean=tower.image.mean,
-        std=tower.image.std,
-        resize=getattr(section.encoder, "resize", "pad"),
+        size=seen[0].size,
+        mean=seen[0].mean,
+        std=seen[0].std,
+        resize=seen[0].resize,
+        views=tuple(seen[1:]),
         tokens_per_tile=connector.tokens(tower.patches),
-        exact=getattr(section.encoder, "exact_resize", False),
-        draft=getattr(section.encoder, "draft", False),
-        tiling=tiling_of(section, tower.image.size, connector),
+        exact=any(getattr(one, "exact_resize", False) for one in sections),
+        draft=all(getattr(one, "draft", False) for one in sections),
+        tiling=tiling_of(section, seen[0].size, connector),
     )

@@ -15,18 +15,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mmit.images import ImageSpec
-from mmit.models.encoders import LayeredTower, TransformersTower
+from mmit.models.encoders import NOISE, LayeredTower, feature_layer
 from mmit.models.language_models import token_table
-from mmit.models.layout import is_clip_like
+from mmit.models.layout import hub_form
 from mmit.models.vlm import VisionLanguageModel
 
 IMAGE_TOKEN = "<image>"  # noqa: S105 - not a password
 _BICUBIC = 3
-# What transformers writes into every configuration and means nothing in this one.
-_NOISE = (
-    *("_name_or_path", "dtype", "transformers_version", "id2label", "label2id", "problem_type", "return_dict"),
-    *("output_hidden_states", "output_attentions", "chunk_size_feed_forward", "is_encoder_decoder"),
-)
 
 
 def common_config(model: VisionLanguageModel, *, pad_id: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -40,8 +35,8 @@ def common_config(model: VisionLanguageModel, *, pad_id: int, dtype: torch.dtype
         "torch_dtype": str(dtype).removeprefix("torch."),
         "transformers_version": transformers.__version__,
     }
-    if is_clip_like(model.vision_tower):
-        assert isinstance(model.vision_tower, LayeredTower), "all that is_clip_like knows are"
+    if hub_form(model.vision_tower) is not None:
+        assert isinstance(model.vision_tower, LayeredTower), "only such a tower has a hub form"
         config |= {
             "vision_config": vision_config(model.vision_tower),
             "vision_feature_layer": feature_layer(model.vision_tower),
@@ -53,7 +48,7 @@ def common_config(model: VisionLanguageModel, *, pad_id: int, dtype: torch.dtype
 def text_config(language_model: PreTrainedModel, *, dtype: torch.dtype) -> dict[str, Any]:
     """The language model's configuration, readable by transformers 4 and 5."""
     config = language_model.config.to_dict()
-    for name in (*_NOISE, "quantization_config"):
+    for name in (*NOISE, "quantization_config"):
         config.pop(name, None)
     config["torch_dtype"] = str(dtype).removeprefix("torch.")
     config["vocab_size"] = token_table(language_model).num_embeddings
@@ -70,21 +65,10 @@ def text_config(language_model: PreTrainedModel, *, dtype: torch.dtype) -> dict[
 
 
 def vision_config(tower: nn.Module) -> dict[str, Any]:
-    """The tower's configuration as CLIPVisionModel or SiglipVisionModel of transformers."""
-    if isinstance(tower, TransformersTower):
-        dropped = (*_NOISE, "architectures")
-        return {name: value for name, value in tower.model.config.to_dict().items() if name not in dropped}
-    from mmit.models.open_clip_encoder import OpenClipTower, clip_vision_config
-
-    assert isinstance(tower, OpenClipTower), "is_clip_like knows two kinds of tower"
-    config = clip_vision_config(tower)
-    assert config is not None, "is_clip_like was asked before"
-    return config
-
-
-def feature_layer(tower: LayeredTower) -> int:
-    """The hidden state that is read, counted from the end: -1 the last layer."""
-    return tower.layers - tower.depth - 1
+    """The tower's configuration as a vision model of transformers, for a tower that has a ``hub_form``."""
+    form = hub_form(tower)
+    assert form is not None, "hub_form was asked before"
+    return dict(form.config)
 
 
 def select_strategy(tower: LayeredTower) -> str:
@@ -95,12 +79,13 @@ def select_strategy(tower: LayeredTower) -> str:
 def processor_config(model: VisionLanguageModel) -> dict[str, Any]:
     """``processor_config.json``: how many tokens transformers puts in for an image."""
     tower = model.vision_tower
-    assert isinstance(tower, LayeredTower), "all that is_clip_like knows are"
-    is_siglip = isinstance(tower, TransformersTower) and not tower.has_cls
+    form = hub_form(tower)
+    assert isinstance(tower, LayeredTower), "only such a tower has a hub form"
+    assert form is not None, "hub_form was asked before"
     return {
         "image_token": IMAGE_TOKEN,
-        "num_additional_image_tokens": 0 if is_siglip else 1,
-        "patch_size": vision_config(tower)["patch_size"],
+        "num_additional_image_tokens": form.class_tokens,
+        "patch_size": form.config["patch_size"],
         "processor_class": "LlavaProcessor",
         "vision_feature_select_strategy": select_strategy(tower),
     }

@@ -3,7 +3,8 @@
 In memory: ``vision_tower.model.*`` (the tower's own names), ``multi_modal_projector.*``, ``language_model.*``.
 On disk: the names of LLaVA models on the hub, ``vision_tower.vision_model.*``, ``multi_modal_projector.linear_1.*``,
 ``language_model.model.*``, ``language_model.lm_head.weight``, which every version of transformers and vLLM reads.
-The two other layouts that transformers writes are read too. A tower that is no CLIP or SigLIP keeps its own names.
+DINO towers have no ``vision_model.`` there. The two other layouts that transformers writes are read too. A tower that
+no class of transformers holds keeps its own names.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
 
-from mmit.models.encoders import TransformersTower
+from mmit.models.encoders import HubForm, LayeredTower
 
 _TOWER = "vision_tower."
-_HUB_TOWER = "vision_tower.vision_model."
+_CLIP_TOWER = "vision_tower.vision_model."
 _MODEL = "vision_tower.model."
 # transformers 5 with save_original_format=False; the order matters
 _NATIVE_V5 = (
@@ -29,15 +30,18 @@ _NATIVE_V5 = (
 _COMPUTED = ("embeddings.position_ids", "rotary_emb.inv_freq")
 
 
-def hub_name(stored: str, *, is_clip_like: bool) -> str:
-    """The hub's name of a stored tensor, whichever of transformers' layouts it comes from."""
+def hub_name(stored: str, form: HubForm | None) -> str:
+    """The hub's name of a stored tensor, whichever of transformers' layouts it comes from.
+
+    form: that of the tower, None for one that keeps its own names.
+    """
     name = stored
     for old, new in _NATIVE_V5:
         if name.startswith(old):
             name = new + name.removeprefix(old)
             break
-    if is_clip_like and name.startswith(_TOWER) and not name.startswith(_HUB_TOWER):
-        name = _HUB_TOWER + name.removeprefix(_TOWER)
+    if form is not None and name.startswith(_TOWER):
+        name = form.prefix + form.also_read(name.removeprefix(_TOWER).removeprefix("vision_model."))
     return name
 
 
@@ -67,14 +71,16 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 
 def disk_names(tower: nn.Module, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Name in memory -> the name on disk, or the names of the pieces to join along their first dimension."""
-    return {name: _on_disk(tower, name) for name in names}
+    form = hub_form(tower)
+    return {name: _on_disk(form, name) for name in names}
 
 
 def to_disk(tower: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state in memory under its names on disk; joined tensors are split."""
+    form = hub_form(tower)
     stored: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        pieces = _on_disk(tower, name)
+        pieces = _on_disk(form, name)
         parts = (tensor,) if len(pieces) == 1 else tensor.chunk(len(pieces))
         for piece, part in zip(pieces, parts, strict=True):
             # A clone: safetensors refuses tensors that share memory, such as the pieces of one.
@@ -82,23 +88,18 @@ def to_disk(tower: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return stored
 
 
+def hub_form(tower: nn.Module) -> HubForm | None:
+    """How transformers holds the tower, or None where it keeps its own names."""
+    return tower.hub_form() if isinstance(tower, LayeredTower) else None
+
+
 def is_clip_like(tower: nn.Module) -> bool:
     """True where the tower is saved as a CLIPVisionModel or SiglipVisionModel."""
-    if isinstance(tower, TransformersTower):
-        return True
-    from mmit.models.open_clip_encoder import OpenClipTower, clip_vision_config
-
-    return isinstance(tower, OpenClipTower) and clip_vision_config(tower) is not None
+    form = hub_form(tower)
+    return form is not None and form.prefix == _CLIP_TOWER
 
 
-def _on_disk(tower: nn.Module, name: str) -> tuple[str, ...]:
-    if not name.startswith(_MODEL):
+def _on_disk(form: HubForm | None, name: str) -> tuple[str, ...]:
+    if form is None or not name.startswith(_MODEL):
         return (name,)
-    inner = name.removeprefix(_MODEL)
-    if isinstance(tower, TransformersTower):
-        return (_HUB_TOWER + inner,)
-    if is_clip_like(tower):
-        from mmit.models.open_clip_encoder import clip_sources
-
-        return tuple(_HUB_TOWER + source for source in clip_sources(inner))
-    return (name,)
+    return tuple(form.prefix + piece for piece in form.on_disk(name.removeprefix(_MODEL)))

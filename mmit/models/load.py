@@ -139,5 +139,8 @@ def _frame(contents: Contents, form: Format, *, dtype: torch.dtype) -> tuple[nn.
     return frame, encoder, connector
 
 
-def _from_end(layer: int, depth: int) -> int:
-    return layer if layer < 0 else layer - depth - 1
+def _from_end(layer: int | list[int], depth: int) -> int | list[int]:
+    if isinstance(layer, int):
+        return layer if layer < 0 else layer - depth - 1
+    counts = [count if count < 0 else count - depth - 1 for count in layer]
+    return counts[0] if len(counts) == 1 else counts

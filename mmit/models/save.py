@@ -21,9 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmit.errors import CheckpointError
+from mmit.models.encoders import describe_towers
 from mmit.models.formats import choose_writer
 from mmit.models.formats.own import OWN
-from mmit.models.layout import is_clip_like, tensors_of, to_disk
+from mmit.models.layout import hub_form, tensors_of, to_disk
 from mmit.models.loaded import FORMAT, LoadedModel
 from mmit.models.stored import INDEX
 from mmit.templates import ChatTemplate
@@ -31,7 +32,7 @@ from mmit.templates import ChatTemplate
 SHARD_BYTES = 5 * 10**9
 """Weights beyond this size are split over several files."""
 
-PACKAGES = ("torch", "transformers", "open_clip_torch", "deepspeed", "tokenizers", "safetensors")
+PACKAGES = ("torch", "transformers", "open_clip_torch", "timm", "deepspeed", "tokenizers", "safetensors")
 
 
 def save_model(
@@ -81,7 +82,6 @@ def _write(
         _write_json(directory / name, content)
     _write_tokenizer(loaded, template, directory, processor_class=writer.processor_class)
     _write_json(directory / "generation_config.json", _generation_config(loaded, template))
-    _write_open_clip(loaded, directory)
     own = _own_description(loaded, template, made_from)
     _write_json(directory / "mmit.json", own | _layout(form.name, reasons))
 
@@ -123,16 +123,6 @@ def _generation_config(loaded: LoadedModel, template: ChatTemplate) -> dict[str,
     return config
 
 
-def _write_open_clip(loaded: LoadedModel, directory: Path) -> None:
-    """The architecture of an open_clip tower that no class of transformers holds."""
-    if loaded.encoder.get("type") != "open_clip" or is_clip_like(loaded.model.vision_tower):
-        return
-    from mmit.models.open_clip_encoder import OpenClipTower, write_open_clip_config
-
-    assert isinstance(loaded.model.vision_tower, OpenClipTower)
-    write_open_clip_config(directory, name=str(loaded.encoder["name"]), image=loaded.model.vision_tower.image)
-
-
 def _own_description(loaded: LoadedModel, template: ChatTemplate, made_from: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "format": FORMAT,
@@ -140,10 +130,17 @@ def _own_description(loaded: LoadedModel, template: ChatTemplate, made_from: Map
         "text_style": loaded.style,
         "images": loaded.model.spec.to_dict(),
         "encoder": dict(loaded.encoder),
+        **_towers(loaded),
         "connector": dict(loaded.connector),
         "made_from": dict(made_from),
         "packages": {"mmit": _version("mmit")} | {name: _version(name) for name in PACKAGES},
     }
+
+
+def _towers(loaded: LoadedModel) -> dict[str, Any]:
+    """The architecture of encoders that no class of transformers holds, from which they are built again offline."""
+    tower = loaded.model.vision_tower
+    return {} if hub_form(tower) is not None else {"towers": describe_towers(tower, loaded.encoder)}
 
 
 def _version(package: str) -> str | None:

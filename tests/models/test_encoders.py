@@ -21,8 +21,8 @@ from transformers import (
 from mmit.config import CustomPart, OpenClipEncoder, TransformersEncoder
 from mmit.errors import ConfigError
 from mmit.models.encoders import ImageInput, TransformersTower, build_encoder
+from mmit.models.encoders.open_clip_towers import OpenClipTower, clip_vision_config
 from mmit.models.layout import to_disk
-from mmit.models.open_clip_encoder import OpenClipTower, clip_vision_config
 
 PIXELS = torch.randn((2, 3, 28, 28), generator=torch.Generator().manual_seed(0))
 

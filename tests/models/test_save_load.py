@@ -255,7 +255,7 @@ def test_an_open_clip_tower_without_a_twin_in_transformers_keeps_its_names(
     """LayerScale: CLIPVisionModel has none."""
     import open_clip
 
-    encoder = sections["open_clip_llama"].encoder.model_dump()
+    encoder = sections["open_clip_llama"].model_dump()["encoder"]
     description = json.loads(Path(encoder["name"]).read_text())
     description["vision_cfg"]["ls_init_value"] = 0.5
     name = tmp_path / "tiny-layerscale.json"
@@ -267,7 +267,7 @@ def test_an_open_clip_tower_without_a_twin_in_transformers_keeps_its_names(
     loaded = build_model(section, dtype=torch.float32, seed=1)
     directory = saved(loaded, tmp_path / "model")
     assert "vision_tower.model.transformer.resblocks.0.ls_1.gamma" in stored_names(directory)
-    assert "neither CLIP nor SigLIP" in read(directory, "mmit.json")["not_llava_because"]
+    assert "no class for the encoder OpenClipTower" in read(directory, "mmit.json")["not_llava_because"]
     assert torch.equal(logits(load_model(directory, dtype=torch.float32)), logits(loaded))
 
 

@@ -5,6 +5,7 @@ The other formats of transformers differ from it in a few functions and take the
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -15,10 +16,10 @@ from mmit.errors import CheckpointError
 from mmit.images import ImageSpec
 from mmit.models import hub_files
 from mmit.models.connectors import MlpProjector
-from mmit.models.encoders import Cls, ImageInput, LayeredTower, build_encoder, tower_from_config
-from mmit.models.formats.contents import Contents, Json
+from mmit.models.encoders import Cls, ImageInput, build_encoder, frame_towers, layer_of, tower_from_config
+from mmit.models.formats.contents import Contents, Json, read_json
 from mmit.models.formats.form import Format, Writer, section_of
-from mmit.models.layout import hub_name, is_clip_like
+from mmit.models.layout import hub_form, hub_name
 from mmit.models.loaded import LoadedModel
 from mmit.models.stored import Source, StoredTensors, weight_files
 from mmit.models.vlm import VisionLanguageModel
@@ -45,18 +46,31 @@ def tower(contents: Contents, dtype: torch.dtype) -> tuple[nn.Module, Json]:
     cls: Cls = "keep" if config.get("vision_feature_select_strategy") == "full" else "drop"
     if "vision_config" in config:
         layer = config.get("vision_feature_layer", -2)  # transformers' default, which version 4 leaves out
-        if not isinstance(layer, int):
+        made = tower_from_config(
+            config["vision_config"], contents.image_processor(), layer=layer_of(layer), cls=cls, dtype=dtype
+        )
+        if config.get("model_type") != "mmit" and (reason := made.hub_form().why_not_llava):
             raise CheckpointError(
-                f"{directory}/config.json: vision_feature_layer {layer}: one layer can be read, not several"
+                f"{directory}/config.json: this LLaVA model cannot be read as transformers does: {reason}"
             )
-        made = tower_from_config(config["vision_config"], contents.image_processor(), layer=layer, cls=cls, dtype=dtype)
         return made, encoder | {"layer": layer, "cls": cls}
+    if "towers" in contents.own:
+        return frame_towers(contents.own["towers"], dtype=dtype), encoder
     if encoder.get("type") == "open_clip":
-        from mmit.models.open_clip_encoder import open_clip_from_directory
-
-        layer = int(encoder["layer"])
-        return open_clip_from_directory(directory, layer=layer, cls=encoder["cls"], dtype=dtype), encoder
+        return frame_towers([_old_open_clip(directory, encoder)], dtype=dtype), encoder
     return build_encoder(CustomPart.model_validate(encoder), dtype=dtype), encoder
+
+
+def _old_open_clip(directory: Path, encoder: Json) -> Json:
+    """The description of an open_clip tower that mmit 0.1 kept in ``open_clip_config.json``."""
+    stored = read_json(directory / "open_clip_config.json")
+    return {
+        "library": "open_clip",
+        "config": stored["model_cfg"],
+        "layer": encoder["layer"],
+        "cls": encoder["cls"],
+        "image": stored["preprocess_cfg"],
+    }
 
 
 def connector(contents: Contents) -> Json:
@@ -96,10 +110,8 @@ def style(contents: Contents) -> Literal["hf", "llava"]:
 
 def tensors(contents: Contents, made: nn.Module) -> StoredTensors:
     """The weights, whichever of transformers' three layouts of names they have."""
-    clip_like = is_clip_like(made)
-    source = Source(
-        files=weight_files(contents.directory), rename=lambda stored: hub_name(stored, is_clip_like=clip_like)
-    )
+    form = hub_form(made)
+    source = Source(files=weight_files(contents.directory), rename=lambda stored: hub_name(stored, form))
     return StoredTensors([source], where=contents.directory)
 
 
@@ -114,8 +126,10 @@ def why_not_parts(model: VisionLanguageModel) -> str | None:
     """Why no LLaVA class of transformers has the parts of this model, or None where they have."""
     projector, language_model = model.multi_modal_projector, model.language_model
     head = language_model.get_output_embeddings()
-    if not is_clip_like(model.vision_tower):
-        return f"the encoder {type(model.vision_tower).__name__} is neither CLIP nor SigLIP"
+    if (form := hub_form(model.vision_tower)) is None:
+        return f"transformers has no class for the encoder {type(model.vision_tower).__name__}"
+    if form.why_not_llava is not None:
+        return form.why_not_llava
     if not isinstance(projector, MlpProjector) or projector.depth != 2:
         depth = f" of {projector.depth} layers" if isinstance(projector, MlpProjector) else ""
         return f"its projector has exactly two linear layers, this connector is {type(projector).__name__}{depth}"
@@ -141,8 +155,7 @@ def config(loaded: LoadedModel, dtype: torch.dtype) -> Json:
 def files(loaded: LoadedModel) -> dict[str, Json]:
     """The processor's settings, for transformers 4 and 5."""
     found = {"preprocessor_config.json": hub_files.preprocessor_config(loaded.spec)}
-    if is_clip_like(loaded.model.vision_tower):
-        assert isinstance(loaded.model.vision_tower, LayeredTower), "all that is_clip_like knows are"
+    if hub_form(loaded.model.vision_tower) is not None:
         found["processor_config.json"] = hub_files.processor_config(loaded.model)
     return found
 

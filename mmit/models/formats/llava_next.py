@@ -162,7 +162,7 @@ def next_files(loaded: LoadedModel) -> dict[str, Json]:
 def onevision_files(loaded: LoadedModel) -> dict[str, Json]:
     """The processor's settings, for transformers 4 and 5."""
     spec, tower = loaded.spec, loaded.model.vision_tower
-    assert isinstance(tower, LayeredTower), "all that is_clip_like knows are"
+    assert isinstance(tower, LayeredTower), "only such a tower has a hub form"
     height, width = spec.size
     common = {
         **hub_files.pixel_config(spec),

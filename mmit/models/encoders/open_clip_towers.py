@@ -1,23 +1,34 @@
 """open_clip's vision transformers, and their names and shapes as a ``CLIPVisionModel`` of transformers.
 
-The only module under models/ that imports open_clip. Its blocks are CLIP's: renaming the tensors and splitting the
+The only module under models/ that imports open_clip. Its own blocks are CLIP's: renaming the tensors and splitting the
 joined q, k, v matrix gives the same hidden states in transformers (7e-7 in fp32), which is how such a tower is saved.
+Where open_clip takes its tower from timm (SigLIP, EVA, PE), that is read as any tower of timm.
 """
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
+from open_clip.timm_model import TimmModel
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
 from mmit.errors import ConfigError
-from mmit.models.encoders import Cls, ImageInput, layers_to_run
+from mmit.models.encoders.positions import resample_positions
+from mmit.models.encoders.tower import (
+    Cls,
+    HubForm,
+    ImageInput,
+    Layer,
+    check_input_size,
+    joined,
+    refuse_embeddings,
+    states_to_read,
+)
 
 _RENAMED = {
     "class_embedding": "embeddings.class_embedding",
@@ -34,33 +45,35 @@ _RENAMED_IN_BLOCK = {
     "mlp.c_proj": "mlp.fc2",
 }
 _QKV = ("q_proj", "k_proj", "v_proj")
+_NO_TEXT = open_clip.CLIPTextCfg(context_length=1, vocab_size=2, width=8, heads=1, layers=1)
 
 
 class OpenClipTower(nn.Module):
-    """A ViT of open_clip, read at one hidden state, before ``ln_post``.
+    """A ViT of open_clip, read at one hidden state or at several, before ``ln_post``.
 
     layer: counted as in transformers' ``hidden_states`` (-1 the last layer); cls: what becomes of the class token.
+    description: open_clip's model configuration, without the text side.
     """
 
-    def __init__(self, visual: VisionTransformer, *, layer: int, cls: Cls, image: ImageInput) -> None:
+    def __init__(
+        self, visual: VisionTransformer, *, layer: Layer, cls: Cls, image: ImageInput, description: dict[str, Any]
+    ) -> None:
         super().__init__()
         self.model = visual
-        count = layers_to_run(layer, len(visual.transformer.resblocks))
-        if count == 0:
-            raise ConfigError(
-                "model.encoder.layer: open_clip does not give the embeddings; take 1 or more, or -1 or less"
-            )
-        self.layers = count
+        self.blocks = "model.transformer.resblocks"
         self.depth = len(visual.transformer.resblocks)
+        self.reads = states_to_read(layer, self.depth)
+        refuse_embeddings(self.reads, "open_clip")
         self.drops_cls = cls == "drop"
         self.image = image
-        self.width = int(visual.conv1.out_channels)
+        self.description = description
+        self.width = int(visual.conv1.out_channels) * len(self.reads)
         self.patches = visual.grid_size[0] * visual.grid_size[1] + int(not self.drops_cls)
         # In the place of its forward, so that it runs inside the module's own call: its class and position embeddings
         # are its own parameters, which ZeRO-3 gathers for that call only.
         visual.__dict__["forward"] = partial(
             visual.forward_intermediates,
-            indices=[count - 1],
+            indices=[number - 1 for number in sorted(set(self.reads))],
             stop_early=True,
             normalize_intermediates=False,
             intermediates_only=True,
@@ -71,24 +84,46 @@ class OpenClipTower(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Patch features (N, P, width) of normalised pixels (N, 3, H, W)."""
         found = self.model(pixels)
-        patches = found["image_intermediates"][0]
-        if self.drops_cls:
-            return patches
-        return torch.cat([found["image_intermediates_prefix"][0], patches], dim=1)
+        states = found["image_intermediates"]
+        if not self.drops_cls:
+            pairs = zip(found["image_intermediates_prefix"], states, strict=True)
+            states = [torch.cat(pair, dim=1) for pair in pairs]
+        return joined(dict(zip(sorted(set(self.reads)), states, strict=True)), self.reads)
+
+    def hub_form(self) -> HubForm | None:
+        """The tower as a CLIPVisionModel, or None where that class cannot hold it."""
+        config = clip_vision_config(self)
+        if config is None:
+            return None
+        return HubForm(
+            config=config,
+            prefix="vision_tower.vision_model.",
+            on_disk=clip_sources,
+            also_read=str,
+            class_tokens=1,
+            why_not_llava=None,
+        )
+
+    def architecture(self) -> dict[str, Any]:
+        """The library and its model configuration."""
+        return {"library": "open_clip", "config": self.description}
 
 
-def read_open_clip(name: str, pretrained: str, *, layer: int, cls: Cls, dtype: torch.dtype) -> OpenClipTower:
+def read_open_clip(
+    name: str, pretrained: str, *, layer: Layer, cls: Cls, image_size: int | None, dtype: torch.dtype
+) -> nn.Module:
     """The vision tower of an open_clip model.
 
     name: a name that open_clip knows, or a JSON file with a model configuration; pretrained: a tag, or a weight file
-    (read without unpickling objects). Raises ConfigError.
+    (read without unpickling objects); image_size: another input size in pixels than the model's. Raises ConfigError.
     """
     if name.endswith(".json"):
         if not Path(name).is_file():
             raise ConfigError(f"model.encoder.name: there is no file {name}")
         open_clip.add_model_config(name)
         name = Path(name).stem
-    if open_clip.get_model_config(name) is None:
+    config = open_clip.get_model_config(name)
+    if config is None:
         raise ConfigError(f"model.encoder.name: open_clip has no model '{name}'; open_clip.list_models() lists them")
     tags = open_clip.list_pretrained_tags_by_model(name)
     if not Path(pretrained).is_file() and pretrained not in tags:
@@ -96,22 +131,41 @@ def read_open_clip(name: str, pretrained: str, *, layer: int, cls: Cls, dtype: t
             f"model.encoder.pretrained: '{pretrained}' is no file and no tag of {name} "
             f"(tags: {', '.join(tags) or 'none'})"
         )
-    model = open_clip.create_model(name, pretrained=pretrained, weights_only=True)
-    return _tower(model.visual, layer=layer, cls=cls, dtype=dtype)
+    quick = has_quick_gelu(name, pretrained)
+    visual: Any = open_clip.create_model(name, pretrained=pretrained, force_quick_gelu=quick, weights_only=True).visual
+    settings: Any = visual.preprocess_cfg
+    description = {"embed_dim": config["embed_dim"], "vision_cfg": dict(config["vision_cfg"]), "quick_gelu": quick}
+    image = ImageInput(size=visual.image_size, mean=tuple(settings["mean"]), std=tuple(settings["std"]))
+    if image_size is not None:
+        image = ImageInput(size=(image_size, image_size), mean=image.mean, std=image.std)
+    return _tower(visual, description, layer=layer, cls=cls, image=image, dtype=dtype)
 
 
-def open_clip_from_directory(directory: Path, *, layer: int, cls: Cls, dtype: torch.dtype) -> OpenClipTower:
-    """The frame (weights unset) of a tower that was saved with its ``open_clip_config.json``."""
-    model = open_clip.create_model(f"local-dir:{directory}", load_weights=False)
-    return _tower(model.visual, layer=layer, cls=cls, dtype=dtype)
+def has_quick_gelu(name: str, pretrained: str) -> bool:
+    """Whether the weights were trained with OpenAI's approximation of GELU, which open_clip only warns of.
+
+    A tag says so of its weights; a file of weights is what the name says. Raises ConfigError where they contradict.
+    """
+    named = bool((open_clip.get_model_config(name) or {}).get("quick_gelu", False))
+    if Path(pretrained).is_file():
+        return named
+    of_tag = bool((open_clip.get_pretrained_cfg(name, pretrained) or {}).get("quick_gelu", False))
+    if named and not of_tag:
+        raise ConfigError(
+            f"model.encoder: the weights '{pretrained}' were trained with plain GELU, {name} is the model with "
+            f"QuickGELU; take {name.removesuffix('-quickgelu')}"
+        )
+    return of_tag
 
 
-def write_open_clip_config(directory: Path, *, name: str, image: ImageInput) -> None:
-    """Write ``open_clip_config.json``, from which open_clip builds the same architecture again."""
-    config = open_clip.get_model_config(Path(name).stem if name.endswith(".json") else name)
-    preprocess = {"size": list(image.size), "mean": list(image.mean), "std": list(image.std)}
-    text = json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=2)
-    (directory / "open_clip_config.json").write_text(text + "\n", encoding="utf-8")
+def open_clip_frame(
+    config: dict[str, Any], *, layer: Layer, cls: Cls, image: ImageInput, dtype: torch.dtype
+) -> nn.Module:
+    """The frame (weights unset) of a tower from its model configuration; nothing is fetched."""
+    vision = open_clip.CLIPVisionCfg(**config["vision_cfg"] | {"timm_model_pretrained": False})
+    quick = bool(config.get("quick_gelu"))
+    visual = open_clip.CLIP(config["embed_dim"], vision, _NO_TEXT, quick_gelu=quick).visual
+    return _tower(visual, config, layer=layer, cls=cls, image=image, dtype=dtype)
 
 
 def clip_vision_config(tower: OpenClipTower) -> dict[str, Any] | None:
@@ -135,7 +189,7 @@ def clip_vision_config(tower: OpenClipTower) -> dict[str, Any] | None:
         return None
     return {
         "model_type": "clip_vision_model",
-        "hidden_size": tower.width,
+        "hidden_size": int(visual.conv1.out_channels),
         "intermediate_size": blocks[0].mlp.c_fc.out_features,
         "num_hidden_layers": len(blocks),
         "num_attention_heads": blocks[0].attn.num_heads,
@@ -158,17 +212,35 @@ def clip_sources(name: str) -> tuple[str, ...]:
     return (_swap(name, _RENAMED),)
 
 
-def _tower(visual: object, *, layer: int, cls: Cls, dtype: torch.dtype) -> OpenClipTower:
+def _tower(
+    visual: object, description: dict[str, Any], *, layer: Layer, cls: Cls, image: ImageInput, dtype: torch.dtype
+) -> nn.Module:
+    if isinstance(visual, TimmModel):
+        from mmit.models.encoders.timm_towers import timm_tower
+
+        architecture = {"library": "open_clip", "config": description}
+        return timm_tower(visual.trunk, architecture, layer=layer, cls=cls, image=image, dtype=dtype)
     if not isinstance(visual, VisionTransformer):
         raise ConfigError(
             f"model.encoder: {type(visual).__name__} of open_clip is no plain vision transformer; take a ViT"
         )
-    settings: Any = visual.preprocess_cfg
     visual.proj = None  # the projection into the space shared with text: no hidden state depends on it
-    image = ImageInput(size=visual.image_size, mean=tuple(settings["mean"]), std=tuple(settings["std"]))
+    if image.size != visual.image_size:
+        description = {**description, "vision_cfg": {**description["vision_cfg"], "image_size": image.size[0]}}
+        _resize(visual, image.size[0])
     for parameter in visual.parameters():
         parameter.data = parameter.data.to(dtype)
-    return OpenClipTower(visual, layer=layer, cls=cls, image=image)
+    return OpenClipTower(visual, layer=layer, cls=cls, image=image, description=description)
+
+
+def _resize(visual: VisionTransformer, size: int) -> None:
+    """Make the tower take pictures of ``size`` x ``size`` pixels."""
+    patch = visual.patch_size[0]
+    check_input_size(size, patch)
+    grid = (size // patch, size // patch)
+    table = resample_positions(visual.positional_embedding, prefix=1, grid=grid)
+    visual.positional_embedding = nn.Parameter(table, requires_grad=visual.positional_embedding.requires_grad)
+    visual.image_size, visual.grid_size = (size, size), grid
 
 
 def _block(name: str) -> tuple[str | None, str]:

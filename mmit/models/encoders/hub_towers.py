@@ -1,0 +1,265 @@
+"""Vision towers of transformers: CLIP, SigLIP (and SigLIP 2 of fixed size), DINOv2, DINOv3.
+
+All layers behind the last one that is read stay in memory, so that the tower can be saved whole, and are never run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from mmit.errors import ConfigError
+from mmit.models.encoders.positions import resample_positions
+from mmit.models.encoders.tower import Cls, HubForm, ImageInput, Layer, check_input_size, joined, states_to_read
+
+# What transformers writes into every configuration and means nothing in this one.
+NOISE = (
+    *("_name_or_path", "dtype", "transformers_version", "id2label", "label2id", "problem_type", "return_dict"),
+    *("output_hidden_states", "output_attentions", "chunk_size_feed_forward", "is_encoder_decoder"),
+)
+_DINO = (
+    ("attention.q_proj.", "attention.attention.query."),
+    ("attention.k_proj.", "attention.attention.key."),
+    ("attention.v_proj.", "attention.attention.value."),
+    ("attention.o_proj.", "attention.output.dense."),
+)
+
+
+@dataclass(frozen=True)
+class _Family:
+    """One kind of tower: its classes, where its layers and position embeddings are, its names on disk."""
+
+    config: Any
+    model: Any
+    layers: str
+    positions: str | None
+    class_tokens: int
+    prefix: str = "vision_tower."
+    renamed: tuple[tuple[str, str], ...] = ()
+    """Parts of names in memory, and in their place on disk: what transformers itself writes."""
+
+
+_CLIP_PREFIX = "vision_tower.vision_model."
+_CLIP_POSITIONS, _DINO_POSITIONS = "embeddings.position_embedding.weight", "embeddings.position_embeddings"
+FAMILIES = {
+    "clip_vision_model": _Family(
+        CLIPVisionConfig, CLIPVisionModel, "encoder.layers", _CLIP_POSITIONS, 1, prefix=_CLIP_PREFIX
+    ),
+    "siglip_vision_model": _Family(
+        SiglipVisionConfig, SiglipVisionModel, "encoder.layers", _CLIP_POSITIONS, 0, prefix=_CLIP_PREFIX
+    ),
+    "dinov2": _Family(Dinov2Config, Dinov2Model, "encoder.layer", _DINO_POSITIONS, 1, renamed=_DINO),
+    "dinov2_with_registers": _Family(
+        Dinov2WithRegistersConfig, Dinov2WithRegistersModel, "encoder.layer", _DINO_POSITIONS, 1, renamed=_DINO
+    ),
+    # its positions are rotary: computed from the size of the picture
+    "dinov3_vit": _Family(
+        DINOv3ViTConfig, DINOv3ViTModel, "model.layer", None, 1, renamed=(("model.layer.", "layer."),)
+    ),
+}
+"""By the ``model_type`` of a vision configuration."""
+
+
+class TransformersTower(nn.Module):
+    """A tower of transformers, read at one hidden state or at several, whose features are joined along the width.
+
+    layer: counted as in transformers' ``hidden_states``: 0 the embeddings, -1 the output of the last layer (without
+    the final norm), -2 the layer before it. cls: what becomes of the class token. Register tokens are dropped.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, layer: Layer, cls: Cls, image: ImageInput) -> None:
+        super().__init__()
+        self.model = model
+        config: Any = model.config
+        self.family = FAMILIES[config.model_type]
+        self.blocks = f"model.{self.family.layers}"
+        self.depth = int(config.num_hidden_layers)
+        self.reads = states_to_read(layer, self.depth)
+        self.registers = int(getattr(config, "num_register_tokens", 0))
+        self.has_cls = self.family.class_tokens == 1
+        self.drops_cls = self.has_cls and cls == "drop"
+        self.image = image
+        self.width = int(config.hidden_size) * len(self.reads)
+        self.patches = (image.size[0] // config.patch_size) ** 2 + int(self.has_cls and not self.drops_cls)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Patch features (N, P, width) of normalised pixels (N, 3, H, W)."""
+        model: Any = self.model
+        hidden = model.embeddings(pixels)
+        context: dict[str, Any] = {"attention_mask": None}
+        if isinstance(model, CLIPVisionModel):
+            hidden = model.pre_layrnorm(hidden)
+        elif isinstance(model, DINOv3ViTModel):
+            context["position_embeddings"] = model.rope_embeddings(pixels)
+        layers = list(self.get_submodule(self.blocks).children())
+        states: dict[int, Tensor] = {}
+        for number in range(max(self.reads) + 1):
+            hidden = layers[number - 1](hidden, **context) if number else hidden
+            if number in self.reads:
+                states[number] = self._chosen(hidden)
+        return joined(states, self.reads)
+
+    def _chosen(self, hidden: Tensor) -> Tensor:
+        patches = hidden[:, int(self.has_cls) + self.registers :]
+        if not self.has_cls or self.drops_cls:
+            return patches
+        return torch.cat([hidden[:, :1], patches], dim=1) if self.registers else hidden
+
+    def hub_form(self) -> HubForm:
+        """The model as it is; transformers writes some of its tensors under other names than they have in memory."""
+        dropped = (*NOISE, "architectures")
+
+        def renamed(name: str) -> str:
+            for old, new in self.family.renamed:
+                name = new + name.removeprefix(old) if name.startswith(old) else name.replace(f".{old}", f".{new}")
+            return name
+
+        why = None
+        if self.registers:
+            why = f"its classes take the {self.registers} register tokens of the encoder for patches"
+        return HubForm(
+            config={name: value for name, value in self.model.config.to_dict().items() if name not in dropped},
+            prefix=self.family.prefix,
+            on_disk=lambda name: (renamed(name),),
+            also_read=renamed,
+            class_tokens=self.family.class_tokens,
+            why_not_llava=why,
+        )
+
+    def architecture(self) -> dict[str, Any]:
+        """The library and the vision configuration."""
+        return {"library": "transformers", "config": dict(self.hub_form().config)}
+
+
+def read_tower(path: str, *, layer: Layer, cls: Cls, image_size: int | None, dtype: torch.dtype) -> TransformersTower:
+    """The vision tower of a directory or hub name; a whole CLIPModel or SiglipModel serves too.
+
+    image_size: another input size in pixels than the tower's own. Raises ConfigError.
+    """
+    config: Any = _read_config(path)
+    vision = config.vision_config if config.model_type in ("clip", "siglip") else config
+    if config.model_type.startswith("siglip2"):
+        raise ConfigError(
+            f"model.encoder.path: {path} is a SigLIP 2 of variable shape (NaFlex), which has no fixed grid of patches; "
+            "take the SigLIP 2 of a fixed size (its model_type is siglip)"
+        )
+    if vision.model_type not in FAMILIES:
+        raise ConfigError(
+            f"model.encoder.path: {path} holds a model of type '{config.model_type}'; built in are CLIP, SigLIP, "
+            "DINOv2 and DINOv3 ViTs, another encoder is given as type: package.module:Class"
+        )
+    reader = FAMILIES[vision.model_type].model
+    model, report = reader.from_pretrained(path, config=vision, dtype=dtype, output_loading_info=True)
+    if report["missing_keys"]:
+        some = ", ".join(sorted(report["missing_keys"])[:3])
+        raise ConfigError(
+            f"model.encoder.path: {path} lacks {len(report['missing_keys'])} tensors of the tower ({some})"
+        )
+    if image_size is not None:
+        model = with_input_size(model, image_size)
+    image = image_input(_read_processor(path), size=_side(model.config))
+    return TransformersTower(model, layer=layer, cls=cls, image=image)
+
+
+def tower_from_config(
+    config: Mapping[str, Any], image: Mapping[str, Any], *, layer: Layer, cls: Cls, dtype: torch.dtype
+) -> TransformersTower:
+    """A tower with unset weights from a ``vision_config``: the frame that a model directory is read into.
+
+    image: image_mean and image_std, as in a preprocessor configuration.
+    """
+    kind = config.get("model_type", "")
+    if kind not in FAMILIES:
+        raise ConfigError(
+            f"vision_config.model_type '{kind}' is not known; CLIP, SigLIP, DINOv2 and DINOv3 towers can be read"
+        )
+    fields = {name: value for name, value in config.items() if name != "model_type"}
+    model = FAMILIES[kind].model._from_config(FAMILIES[kind].config(**fields), dtype=dtype)
+    return TransformersTower(model, layer=layer, cls=cls, image=image_input(image, size=_side(model.config)))
+
+
+def with_input_size(model: PreTrainedModel, size: int) -> PreTrainedModel:
+    """The same model for pictures of ``size`` x ``size`` pixels, its position embeddings resampled."""
+    config: Any = model.config
+    check_input_size(size, config.patch_size)
+    family = FAMILIES[config.model_type]
+    values = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "dtype")}
+    made = family.model._from_config(family.config(**values | {"image_size": size}), dtype=model.dtype)
+    state = model.state_dict()
+    if family.positions is not None:
+        side = size // config.patch_size
+        state[family.positions] = resample_positions(
+            state[family.positions], prefix=family.class_tokens, grid=(side, side)
+        )
+    made.load_state_dict(state)
+    return made
+
+
+def image_input(processor: Mapping[str, Any], *, size: int) -> ImageInput:
+    """Mean and std of a preprocessor configuration, with the tower's own input size."""
+    mean, std = processor.get("image_mean"), processor.get("image_std")
+    if not (isinstance(mean, list) and isinstance(std, list) and len(mean) == len(std) == 3):
+        raise ConfigError("the encoder's preprocessor_config.json lacks image_mean and image_std of three numbers")
+    return ImageInput(
+        size=(size, size),
+        mean=cast("tuple[float, float, float]", tuple(mean)),
+        std=cast("tuple[float, float, float]", tuple(std)),
+    )
+
+
+def check_is_there(path: str, *, key: str) -> None:
+    """Raise ConfigError for a path that is plainly one of this machine and leads nowhere, not a hub's name."""
+    if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
+        raise ConfigError(f"{key}: there is no directory {path}")
+
+
+def _side(config: Any) -> int:  # noqa: ANN401  (a vision configuration)
+    sizes = {config.image_size} if isinstance(config.image_size, int) else set(config.image_size)
+    if len(sizes) != 1 or not isinstance(config.patch_size, int):
+        raise ConfigError(f"the encoder takes pictures of {config.image_size}; only square ones can be read")
+    return int(sizes.pop())
+
+
+def _read_config(path: str) -> PreTrainedConfig:
+    check_is_there(path, key="model.encoder.path")
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise ConfigError(f"model.encoder.path: {path} cannot be read as a transformers model: {first}") from error
+
+
+def _read_processor(path: str) -> dict[str, Any]:
+    from transformers.utils.hub import cached_file
+
+    file = Path(path) / "preprocessor_config.json"
+    found = str(file) if file.is_file() else None
+    if found is None and not Path(path).is_dir():
+        found = cached_file(path, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
+    if found is None:
+        raise ConfigError(
+            f"model.encoder.path: {path} has no preprocessor_config.json, so the mean and std of its pixels are "
+            "unknown; copy it from the model's origin"
+        )
+    return json.loads(Path(found).read_text(encoding="utf-8"))
