@@ -62,7 +62,7 @@ def llava_like(count: int, *, length: int, seed: int = 0) -> LengthTable:
         tokens = np.where(with_image, 616 + 150 * np.exp(text), 1100 * np.exp(text))
         part["tokens"] = np.clip(tokens, 1, length)
         part["trained"] = part["tokens"] // 4
-        part["images"] = with_image
+        part["tiles"] = with_image
     return LengthTable(rows=rows)
 
 
@@ -73,7 +73,7 @@ def planned(table: LengthTable, *, length: int) -> Plan:
         length=length,
         rows_per_step=(1 << 18) // length,
         packing=True,
-        images_per_row=64,
+        tiles_per_row=64,
         seed=0,
     )
 
@@ -86,7 +86,7 @@ def start_up(samples: int) -> dict[str, float]:
     plan = planned(table, length=4096)
     plan.step(plan.steps - 1)
     seconds, cpu = time.perf_counter() - started, time.process_time() - busy
-    held = sum(a.nbytes for a in (plan.source_of, plan.sample_of, plan.starts, plan.tokens, plan.images))
+    held = sum(a.nbytes for a in (plan.source_of, plan.sample_of, plan.starts, plan.tokens, plan.tiles))
     return {"seconds": seconds, "cpu": cpu, "before": before, "peak": peak(), "plan": held / 2**20, "steps": plan.steps}
 
 

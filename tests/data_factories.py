@@ -75,12 +75,12 @@ def words(conversation: Conversation) -> int:
     return sum(len(m.text.split()) for m in conversation.messages) + 4 * len(conversation.image_refs)
 
 
-def measure(conversation: Conversation) -> tuple[int, int]:
-    """Words, and words of the answers."""
+def measure(conversation: Conversation) -> tuple[int, int, int]:
+    """Words, words of the answers, and pictures, each of one tile."""
     if any("poison" in message.text for message in conversation.messages):
         raise DataError("the text is poisoned")
     trained = sum(len(m.text.split()) for m in conversation.messages if m.role == "assistant")
-    return words(conversation), trained
+    return words(conversation), trained, len(conversation.image_refs)
 
 
 def encode(conversation: Conversation) -> Encoded:

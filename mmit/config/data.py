@@ -123,7 +123,7 @@ class Batching(Section):
     packing: bool = True
     """False: one sample in a row, padded to the longest of the micro-batch."""
     images_per_row: PositiveInt = 64
-    """Most images in one row."""
+    """Most images in one row; one that ``model.tiling`` cuts counts as many times as it has tiles."""
 
     @property
     def rows_per_step(self) -> int:

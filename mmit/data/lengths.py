@@ -19,13 +19,13 @@ from mmit.data.parallel import run, usable_cores, with_progress
 from mmit.data.side_files import Table, TextSet, kept
 from mmit.errors import DataError
 
-ROW = np.dtype([("tokens", "<u4"), ("trained", "<u4"), ("images", "<u2"), ("turns", "<u2")])
-"""One sample: its tokens (0: it is left out), its trained tokens, its images, the turns that are kept (0: all)."""
+ROW = np.dtype([("tokens", "<u4"), ("trained", "<u4"), ("tiles", "<u2"), ("turns", "<u2")])
+"""One sample: its tokens (0: it is left out), its trained tokens, its tiles, the turns that are kept (0: all)."""
 
 CHUNK = 256
 
-Measure = Callable[[Conversation], tuple[int, int]]
-"""Tokens and trained tokens of a conversation whose images are known by size only. Raises DataError."""
+Measure = Callable[[Conversation], tuple[int, int, int]]
+"""Tokens, trained tokens and tiles of a conversation whose images are known by size only. Raises DataError."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,9 +53,9 @@ class LengthTable:
         return self.rows["trained"]
 
     @property
-    def images(self) -> np.ndarray:
-        """Images of every sample."""
-        return self.rows["images"]
+    def tiles(self) -> np.ndarray:
+        """Tiles of the images of every sample, what the encoder sees of it."""
+        return self.rows["tiles"]
 
     def turns(self, number: int) -> int:
         """How many turns of a sample are kept; 0 is all."""
@@ -102,7 +102,7 @@ def fit(
     *,
     fingerprint: str,
     length: int,
-    images_per_row: int,
+    tiles_per_row: int,
     too_long: str,
 ) -> tuple[LengthTable, int]:
     """The table with every sample at most a row long, and how many samples were too long.
@@ -110,17 +110,17 @@ def fit(
     too_long: ``error`` raises DataError naming them, ``drop`` leaves them out, ``drop_turns`` leaves out whole turns
     from their end until they fit (and the sample where its first turns alone do not).
     """
-    over = np.flatnonzero((table.tokens > length) | (table.images > images_per_row))
+    over = np.flatnonzero((table.tokens > length) | (table.tiles > tiles_per_row))
     if not len(over):
         return table, 0
     if too_long == "error":
         shown = ", ".join(
-            f"{shards.place(n)[1]} ({table.tokens[n]} tokens, {table.images[n]} images)" for n in over[:3].tolist()
+            f"{shards.place(n)[1]} ({table.tokens[n]} tokens, {table.tiles[n]} tiles)" for n in over[:3].tolist()
         )
         raise DataError(
             f"{shards.name}: {len(over)} of {len(table)} samples are longer than a row of {length} tokens and "
-            f"{images_per_row} images: {shown}{' ...' if len(over) > 3 else ''}. Raise batch.length to "
-            f"{int(table.tokens.max())} (batch.images_per_row to {int(table.images.max())}), or set data.too_long to "
+            f"{tiles_per_row} tiles: {shown}{' ...' if len(over) > 3 else ''}. Raise batch.length to "
+            f"{int(table.tokens.max())} (batch.images_per_row to {int(table.tiles.max())}), or set data.too_long to "
             "drop or drop_turns"
         )
     rows = table.rows.copy()
@@ -129,9 +129,9 @@ def fit(
     else:
         cut = _kept(
             shards,
-            f"{fingerprint} {shards.fingerprint} drop_turns {length} {images_per_row} {table.quarantine}".rstrip(),
+            f"{fingerprint} {shards.fingerprint} drop_turns {length} {tiles_per_row} {table.quarantine}".rstrip(),
             lambda: LengthTable(
-                rows=np.array([_cut(shards, n, measure, length, images_per_row) for n in over.tolist()], dtype=ROW)
+                rows=np.array([_cut(shards, n, measure, length, tiles_per_row) for n in over.tolist()], dtype=ROW)
             ),
         )
         rows[over] = cut.rows
@@ -167,7 +167,7 @@ def _renumbered(message: Message, new: dict[int, int]) -> Message:
     return replace(message, content=content)
 
 
-def _cut(shards: TextSet, number: int, measure: Measure, length: int, images_per_row: int) -> tuple[int, int, int, int]:
+def _cut(shards: TextSet, number: int, measure: Measure, length: int, tiles_per_row: int) -> tuple[int, int, int, int]:
     """The row of a too long sample after as few turns as needed were left out; zeros where nothing fits."""
     whole = shards.read_text(number)
     for turns in range(len(whole.messages) - 1, 1, -1):
@@ -175,13 +175,13 @@ def _cut(shards: TextSet, number: int, measure: Measure, length: int, images_per
             continue
         shorter = cut_turns(whole, turns)
         try:
-            tokens, trained = measure(shorter)
+            tokens, trained, tiles = measure(shorter)
         except StorageError:
             raise
         except DataError:
             continue
-        if tokens <= length and len(shorter.sizes) <= images_per_row:
-            return tokens, trained, len(shorter.sizes), turns
+        if tokens <= length and tiles <= tiles_per_row:
+            return tokens, trained, tiles, turns
     return 0, 0, 0, 0
 
 
@@ -194,7 +194,7 @@ def _compute(shards: TextSet, measure: Measure, processes: int, *, progress: boo
             try:
                 conversation = shards.read_text(start + at)
                 name = conversation.id
-                rows[at] = (*measure(conversation), len(conversation.sizes), 0)
+                rows[at] = (*measure(conversation), 0)
             except StorageError:
                 raise
             except DataError as error:

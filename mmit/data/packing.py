@@ -19,9 +19,9 @@ _NOBODY = np.iinfo(np.uint16).max
 
 
 def best_fit(
-    tokens: np.ndarray, images: np.ndarray, *, length: int, images_per_row: int, look_ahead: int = LOOK_AHEAD
+    tokens: np.ndarray, tiles: np.ndarray, *, length: int, tiles_per_row: int, look_ahead: int = LOOK_AHEAD
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pack samples, given in their order, into rows of at most ``length`` tokens and ``images_per_row`` images.
+    """Pack samples, given in their order, into rows of at most ``length`` tokens and ``tiles_per_row`` tiles.
 
     Returns (order, starts): ``order[starts[r]:starts[r + 1]]`` are the samples of row r, uint32, each sample once;
     starts is int64. Every sample must have a token and fit into a row of its own.
@@ -29,12 +29,12 @@ def best_fit(
     count = len(tokens)
     assert count < 1 << 32, "more than 4 billion samples"
     assert not count or tokens.min() > 0, "a sample without a token"
-    assert not count or (tokens.max() <= length and images.max() <= images_per_row), "a sample is larger than a row"
+    assert not count or (tokens.max() <= length and tiles.max() <= tiles_per_row), "a sample is larger than a row"
     order = np.empty(count, dtype=np.uint32)
     opens = np.zeros(count, dtype=bool)
     for first in range(0, count, SEGMENT * SEGMENTS_AT_ONCE):
         part = slice(first, first + SEGMENT * SEGMENTS_AT_ONCE)
-        within, order_opens = _pack(tokens[part], images[part], length, images_per_row, look_ahead)
+        within, order_opens = _pack(tokens[part], tiles[part], length, tiles_per_row, look_ahead)
         order[part] = within
         order[part] += np.uint32(first)
         opens[part] = order_opens
@@ -42,40 +42,40 @@ def best_fit(
 
 
 def _pack(
-    tokens: np.ndarray, images: np.ndarray, length: int, images_per_row: int, look_ahead: int
+    tokens: np.ndarray, tiles: np.ndarray, length: int, tiles_per_row: int, look_ahead: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The samples of some segments in the order of their rows, and which of them open a row."""
     count = len(tokens)
     turns = min(SEGMENT, count)
     segments = -(-count // turns)
-    counts_images = int(images.sum(dtype=np.int64)) > images_per_row
+    counts_tiles = int(tiles.sum(dtype=np.int64)) > tiles_per_row
     coming = _columns(tokens, turns, look_ahead, length)  # (turns + look_ahead, S)
-    coming_images = _columns(images, turns, look_ahead, images_per_row)
+    coming_tiles = _columns(tiles, turns, look_ahead, tiles_per_row)
     # a pool is a row of (S, look_ahead); 0 tokens: an empty place
-    pool, pool_images = (np.ascontiguousarray(column[:look_ahead].T) for column in (coming, coming_images))
+    pool, pool_tiles = (np.ascontiguousarray(column[:look_ahead].T) for column in (coming, coming_tiles))
     ages = np.arange(look_ahead, dtype=np.uint16)
     age = np.where(pool > 0, ages, _NOBODY)
     room = np.zeros(segments, dtype=pool.dtype)
-    places = np.zeros(segments, dtype=pool_images.dtype)
+    places = np.zeros(segments, dtype=pool_tiles.dtype)
     every = np.arange(segments)
     order = np.empty((turns, segments), dtype=np.uint16)
     opens = np.zeros((turns, segments), dtype=bool)
     fits, fitting = np.empty(pool.shape, dtype=bool), np.empty_like(pool)
     for turn in range(turns):
         np.less_equal(pool, room[:, None], out=fits)
-        if counts_images:
-            fits &= pool_images <= places[:, None]
+        if counts_tiles:
+            fits &= pool_tiles <= places[:, None]
         np.multiply(pool, fits, out=fitting)
         slot = fitting.argmax(axis=1)
         full = np.flatnonzero(fitting[every, slot] == 0)
         if len(full):
             slot[full] = age[full].argmin(axis=1)
-            room[full], places[full], opens[turn, full] = length, images_per_row, True
+            room[full], places[full], opens[turn, full] = length, tiles_per_row, True
         order[turn] = age[every, slot]
         room -= pool[every, slot]
-        places -= pool_images[every, slot]
+        places -= pool_tiles[every, slot]
         pool[every, slot] = coming[turn + look_ahead]
-        pool_images[every, slot] = coming_images[turn + look_ahead]
+        pool_tiles[every, slot] = coming_tiles[turn + look_ahead]
         age[every, slot] = np.where(coming[turn + look_ahead] > 0, np.uint16(turn + look_ahead), _NOBODY)
     within = order.T.astype(np.uint32) + np.arange(0, segments * turns, turns, dtype=np.uint32)[:, None]
     return within.reshape(-1)[:count], opens.T.reshape(-1)[:count]

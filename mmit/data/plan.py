@@ -25,11 +25,11 @@ VERSION = 2
 
 @dataclass(frozen=True)
 class Row:
-    """One row: its samples as (source, number) in order; ``tokens`` and ``images`` of all of them."""
+    """One row: its samples as (source, number) in order; ``tokens`` and ``tiles`` of all of them."""
 
     samples: tuple[tuple[int, int], ...]
     tokens: int
-    images: int
+    tiles: int
 
 
 EMPTY = Row((), 0, 0)
@@ -41,7 +41,7 @@ class Plan:
 
     sources, tables: the data sets and their lengths. source_of, sample_of: (draws of all epochs,) source and sample of
     each draw, in the order of the rows. starts: row r holds draws [starts[r], starts[r + 1]); step s holds rows
-    [s * rows_per_step, ...), the costliest first and empty ones last. tokens, images: of each row.
+    [s * rows_per_step, ...), the costliest first and empty ones last. tokens, tiles: of each row.
     parts: digests of what the plan was made from, by name; fingerprint: of all of them.
     """
 
@@ -53,7 +53,7 @@ class Plan:
     sample_of: np.ndarray
     starts: np.ndarray
     tokens: np.ndarray
-    images: np.ndarray
+    tiles: np.ndarray
     parts: Mapping[str, str]
 
     @property
@@ -84,7 +84,7 @@ class Plan:
     def costs(self) -> np.ndarray:
         """What each row of each step costs, in tokens: (steps, rows_per_step) int64; 0 for an empty one."""
         rows = self.steps * self.rows_per_step
-        return row_cost(self.tokens[:rows], self.images[:rows]).reshape(self.steps, self.rows_per_step)
+        return row_cost(self.tokens[:rows], self.tiles[:rows]).reshape(self.steps, self.rows_per_step)
 
     def step(self, number: int) -> list[Row]:
         """The ``rows_per_step`` rows of a step, the costliest first, empty ones last."""
@@ -99,13 +99,13 @@ class Plan:
             raise IndexError(number)
         first = number * self.rows_per_step
         span = slice(first, first + self.rows_per_step)
-        own = deal(row_cost(self.tokens[span], self.images[span])[None], world)[0, :, rank]
+        own = deal(row_cost(self.tokens[span], self.tiles[span])[None], world)[0, :, rank]
         return [self._row(first + row) for row in own.tolist() if row != NO_ROW]
 
     def _row(self, number: int) -> Row:
         span = slice(int(self.starts[number]), int(self.starts[number + 1]))
         samples = tuple(zip(self.source_of[span].tolist(), self.sample_of[span].tolist(), strict=True))
-        return Row(samples, int(self.tokens[number]), int(self.images[number]))
+        return Row(samples, int(self.tokens[number]), int(self.tiles[number]))
 
 
 def make_plan(
@@ -115,7 +115,7 @@ def make_plan(
     length: int,
     rows_per_step: int,
     packing: bool,
-    images_per_row: int,
+    tiles_per_row: int,
     seed: int,
     epochs: int = 1,
     max_steps: int | None = None,
@@ -127,7 +127,7 @@ def make_plan(
 
     sources: data sets, each with the number of samples drawn from it per epoch (see ``mixture``).
     lengths: one table for each, already fitted to ``length`` (``lengths.fit``); samples it leaves out are passed over.
-    packing: False puts one sample into each row.
+    packing: False puts one sample into each row. tiles_per_row: the most in one row.
     chosen: for each source the numbers of the samples that take part, ascending; None is all of them.
     batches, text_share: which rows share a step, see ``steps.arrange``.
     Raises DataError where nothing is left to train on.
@@ -141,13 +141,13 @@ def make_plan(
     if not tokens.all():
         kept = tokens > 0
         source_of, sample_of, tokens = source_of[kept], sample_of[kept], tokens[kept]
-    images = _gather([table.images for table in lengths], source_of, sample_of, np.uint16)
-    order, starts = _rows(tokens, images, length, images_per_row, packing=packing, by_kind=batches != "mixed")
-    row_tokens, row_images = _sums(tokens, order, starts), _sums(images, order, starts)
-    del tokens, images  # of ten million samples every array counts
+    tiles = _gather([table.tiles for table in lengths], source_of, sample_of, np.uint16)
+    order, starts = _rows(tokens, tiles, length, tiles_per_row, packing=packing, by_kind=batches != "mixed")
+    row_tokens, row_tiles = _sums(tokens, order, starts), _sums(tiles, order, starts)
+    del tokens, tiles  # of ten million samples every array counts
     steps = arrange(
-        row_cost(row_tokens, row_images),
-        row_images == 0,
+        row_cost(row_tokens, row_tiles),
+        row_tiles == 0,
         batches=batches,
         text_share=text_share,
         rows_per_step=rows_per_step,
@@ -164,7 +164,7 @@ def make_plan(
         sample_of=sample_of,
         starts=new_starts,
         tokens=np.where(rows == NO_ROW, np.uint32(0), row_tokens[rows]),
-        images=np.where(rows == NO_ROW, np.uint32(0), row_images[rows]),
+        tiles=np.where(rows == NO_ROW, np.uint32(0), row_tiles[rows]),
         parts={
             "version": str(VERSION),
             "data": " ".join(
@@ -178,7 +178,7 @@ def make_plan(
             "length": str(length),
             "rows_per_step": str(rows_per_step),
             "packing": str(packing),
-            "images_per_row": str(images_per_row),
+            "images_per_row": str(tiles_per_row),
             "seed": str(seed),
             "epochs": str(epochs),
             "batches": f"{batches} {text_share:g}",
@@ -229,16 +229,16 @@ def _gather(
 
 
 def _rows(
-    tokens: np.ndarray, images: np.ndarray, length: int, images_per_row: int, *, packing: bool, by_kind: bool
+    tokens: np.ndarray, tiles: np.ndarray, length: int, tiles_per_row: int, *, packing: bool, by_kind: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draws in the order of their rows, and where each row starts; by_kind: text alone in rows of its own."""
     if not packing:
         return np.arange(len(tokens), dtype=np.uint32), np.arange(len(tokens) + 1)
     if not by_kind:
-        return best_fit(tokens, images, length=length, images_per_row=images_per_row)
+        return best_fit(tokens, tiles, length=length, tiles_per_row=tiles_per_row)
     order, starts = [np.zeros(0, dtype=np.uint32)], [np.zeros(1, dtype=np.int64)]
-    for here in (np.flatnonzero(images), np.flatnonzero(images == 0)):
-        own, at = best_fit(tokens[here], images[here], length=length, images_per_row=images_per_row)
+    for here in (np.flatnonzero(tiles), np.flatnonzero(tiles == 0)):
+        own, at = best_fit(tokens[here], tiles[here], length=length, tiles_per_row=tiles_per_row)
         order.append(here[own].astype(np.uint32))
         starts.append(at[1:] + starts[-1][-1])
     return np.concatenate(order), np.concatenate(starts)

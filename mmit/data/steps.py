@@ -1,6 +1,6 @@
 """Rows to steps, and the rows of a step to ranks, so that nobody waits: all decided in the plan, without a message.
 
-A row costs its tokens and TILE_TOKENS for each of its images. Within windows of 16 steps rows are sorted by cost and
+A row costs its tokens and TILE_TOKENS for each of its tiles. Within windows of 16 steps rows are sorted by cost and
 cut into steps, and the steps are shuffled, so that no size drifts over time. Within a step the costliest rows are dealt
 first, one to each rank, and of every round the rank with the least load takes the costliest row.
 """
@@ -29,9 +29,9 @@ Batches = Literal["mixed", "pure", "paired"]
 NO_ROW = -1
 
 
-def row_cost(tokens: np.ndarray, images: np.ndarray) -> np.ndarray:
+def row_cost(tokens: np.ndarray, tiles: np.ndarray) -> np.ndarray:
     """What rows cost, in tokens of the language model: int64."""
-    return tokens.astype(np.int64) + TILE_TOKENS * images.astype(np.int64)
+    return tokens.astype(np.int64) + TILE_TOKENS * tiles.astype(np.int64)
 
 
 def arrange(

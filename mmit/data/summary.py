@@ -26,7 +26,7 @@ class SourceShare:
     samples: int
     tokens: int
     trained_tokens: int
-    images: int
+    tiles: int
     rows: int
     steps: int
     left_out: int
@@ -63,7 +63,7 @@ def summarize(plan: Plan, *, length: int, world: int = 1, rows_per_micro_batch: 
         sources=_shares(plan),
         steps=plan.steps,
         rows=plan.rows,
-        text_rows=int(np.count_nonzero((tokens.reshape(-1) > 0) & (plan.images[:row_places] == 0))),
+        text_rows=int(np.count_nonzero((tokens.reshape(-1) > 0) & (plan.tiles[:row_places] == 0))),
         fill=real / (plan.rows * length),
         useful=real / (world * int(computed.sum(axis=1).max(axis=1).sum())),
         balance=float(costs.sum() / (world * costs.max(axis=2).sum())),
@@ -79,10 +79,10 @@ def summary_table(summary: Summary) -> Table:
         f"text alone; useful work on {summary.world} ranks {summary.useful:.1%}, balance {summary.balance:.1%}"
     )
     table = Table("source", title=title)
-    for column in ("size", "samples", "tokens", "share", "trained", "images", "packs", "steps", "left out"):
+    for column in ("size", "samples", "tokens", "share", "trained", "tiles", "packs", "steps", "left out"):
         table.add_column(column, justify="right")
     for share in summary.sources:
-        counts = (share.trained_tokens, share.images, share.rows, share.steps, share.left_out)
+        counts = (share.trained_tokens, share.tiles, share.rows, share.steps, share.left_out)
         table.add_row(
             share.name,
             f"{share.size:,}",
@@ -112,7 +112,7 @@ def _shares(plan: Plan) -> tuple[SourceShare, ...]:
                 samples=len(drawn),
                 tokens=int(table.tokens[drawn].sum(dtype=np.int64)),
                 trained_tokens=int(table.trained[drawn].sum(dtype=np.int64)),
-                images=int(table.images[drawn].sum(dtype=np.int64)),
+                tiles=int(table.tiles[drawn].sum(dtype=np.int64)),
                 rows=len(rows),
                 steps=len(np.unique(rows // plan.rows_per_step)),
                 left_out=int((table.tokens == 0).sum()),

@@ -59,10 +59,10 @@ class Encode:
         """Ids, labels and pixels. Raises DataError."""
         return self._encode(conversation, pixels=True)
 
-    def measure(self, conversation: Conversation) -> tuple[int, int]:
-        """Tokens and trained tokens, without decoding an image. Raises DataError."""
+    def measure(self, conversation: Conversation) -> tuple[int, int, int]:
+        """Tokens, trained tokens and tiles, without decoding an image. Raises DataError."""
         encoded = self._encode(conversation, pixels=False)
-        return encoded.length, encoded.trained_tokens
+        return encoded.length, encoded.trained_tokens, sum(plan.tiles for plan in encoded.plans)
 
     def _encode(self, conversation: Conversation, *, pixels: bool) -> Encoded:
         return encode_conversation(
@@ -166,7 +166,7 @@ def plan_stage(config: RunConfig, stage: Stage, encode: Encode) -> Plan:
         length=batch.length,
         rows_per_step=batch.rows_per_step,
         packing=batch.packing,
-        images_per_row=batch.images_per_row,
+        tiles_per_row=batch.images_per_row,
         seed=config.seed,
         epochs=stage.epochs,
         max_steps=stage.max_steps,
@@ -241,12 +241,12 @@ def _lengths(shards: ShardSet | ControlledSet, stage: Stage, encode: Encode) -> 
         encode.measure,
         fingerprint=fingerprint,
         length=stage.batch.length,
-        images_per_row=stage.batch.images_per_row,
+        tiles_per_row=stage.batch.images_per_row,
         too_long=stage.data.too_long,
     )
     if over:
         logger.warning(
-            "%s: %d of %d samples are longer than %d tokens or %d images (too_long: %s)",
+            "%s: %d of %d samples are longer than %d tokens or %d tiles (too_long: %s)",
             shards.name,
             over,
             len(shards),

@@ -114,7 +114,7 @@ def test_a_control_is_the_same_for_ever_and_another_one_for_each_seed(shards: Sh
 def test_lengths_are_those_of_the_changed_samples(shards: ShardSet) -> None:
     changed = controlled(shards, "shuffle_answer")
     table = measure_lengths(changed, measure, fingerprint="f", max_skipped=0, processes=1, progress=False)
-    assert [tuple(row)[:2] for row in table.rows.tolist()] == [measure(changed.read(n)) for n in range(COUNT)]
+    assert [tuple(row)[:3] for row in table.rows.tolist()] == [measure(changed.read(n)) for n in range(COUNT)]
 
 
 @given(sizes=st.lists(st.integers(0, 4), max_size=60))

@@ -211,7 +211,7 @@ def planned(shards: ShardSet) -> Plan:
         length=64,
         rows_per_step=2,
         packing=True,
-        images_per_row=8,
+        tiles_per_row=8,
         seed=0,
     )
 
@@ -258,7 +258,7 @@ def test_too_long_samples_are_cut_anew_after_one_of_them_went_into_quarantine(tm
     turns = (*talk("a b", "c d"), *talk("e f", "g h"))
     folder = written(tmp_path / "a", [Conversation(id=f"x/{n}", messages=turns) for n in range(3)])
     shards = open_source(folder)
-    options = {"fingerprint": "f", "length": 6, "images_per_row": 1, "too_long": "drop_turns"}
+    options = {"fingerprint": "f", "length": 6, "tiles_per_row": 1, "too_long": "drop_turns"}
     assert fit(table(shards), shards, measure, **options)[0].tokens.tolist() == [4, 4, 4]
     quarantine.write(folder, [shards.entry(1, "by hand")])
     healed = open_source(folder)

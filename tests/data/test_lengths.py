@@ -43,7 +43,7 @@ def test_the_table_holds_what_measure_says(tmp_path: Path) -> None:
     for number in range(12):
         conversation = shards.read(number)
         row = found.rows[number].tolist()
-        assert row == (*measure(conversation), len(conversation.images), 0)
+        assert row == (*measure(conversation), 0)
 
 
 def test_a_table_is_computed_once_for_each_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +61,7 @@ def test_of_several_ranks_one_computes_and_the_others_wait(tmp_path: Path) -> No
     context = multiprocessing.get_context("fork")
     counter = context.Value("i", 0)
 
-    def slow(conversation: Conversation) -> tuple[int, int]:
+    def slow(conversation: Conversation) -> tuple[int, int, int]:
         import time
 
         with counter.get_lock():
@@ -104,14 +104,14 @@ def test_samples_that_cannot_be_measured_are_left_out_listed_and_limited(tmp_pat
         assert [(bad.id, bad.key, bad.shard) for bad in found.refused] == [("s/1", "k1", "s.tar")]
 
 
-def fitted(shards: ShardSet, *, length: int, too_long: str, images_per_row: int = 9) -> tuple[LengthTable, int]:
+def fitted(shards: ShardSet, *, length: int, too_long: str, tiles_per_row: int = 9) -> tuple[LengthTable, int]:
     return fit(
         tabled(shards),
         shards,
         measure,
         fingerprint="f",
         length=length,
-        images_per_row=images_per_row,
+        tiles_per_row=tiles_per_row,
         too_long=too_long,
     )
 
@@ -128,7 +128,7 @@ def test_a_sample_longer_than_a_row_is_an_error_with_the_remedy(tmp_path: Path) 
     with pytest.raises(DataError) as error:
         fitted(shards, length=7, too_long="error")
     assert "2 of 3 samples are longer than a row of 7 tokens" in str(error.value)
-    assert "k1 (10 tokens, 0 images), k2 (8 tokens, 0 images)" in str(error.value)
+    assert "k1 (10 tokens, 0 tiles), k2 (8 tokens, 0 tiles)" in str(error.value)
     assert "Raise batch.length to 10" in str(error.value)
     assert fitted(shards, length=10, too_long="error")[1] == 0
 
@@ -147,8 +147,8 @@ def test_too_long_samples_are_dropped_or_lose_whole_turns(tmp_path: Path) -> Non
 
 def test_a_sample_with_more_images_than_a_row_may_hold_is_too_long(tmp_path: Path) -> None:
     shards = write(tmp_path, [dialogue("a", "b", "c", "d", images=3)])
-    cut, over = fitted(shards, length=99, too_long="drop_turns", images_per_row=2)
-    assert (cut.tokens.tolist(), cut.images.tolist(), cut.turns(0), over) == ([2], [0], 2, 1)
+    cut, over = fitted(shards, length=99, too_long="drop_turns", tiles_per_row=2)
+    assert (cut.tokens.tolist(), cut.tiles.tolist(), cut.turns(0), over) == ([2], [0], 2, 1)
 
 
 def test_cutting_turns_keeps_each_picture_with_its_place() -> None:

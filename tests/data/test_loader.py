@@ -40,7 +40,7 @@ def planned(shards: ShardSet, *, epochs: int = 1, rows_per_step: int = 6) -> Pla
         length=LENGTH,
         rows_per_step=rows_per_step,
         packing=True,
-        images_per_row=8,
+        tiles_per_row=8,
         seed=0,
         epochs=epochs,
     )

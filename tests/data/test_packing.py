@@ -12,13 +12,13 @@ from mmit.data.steps import balanced_steps
 
 
 def rows_of(
-    tokens: list[int], *, length: int, images: list[int] | None = None, images_per_row: int = 99
+    tokens: list[int], *, length: int, images: list[int] | None = None, tiles_per_row: int = 99
 ) -> list[list[int]]:
     order, starts = best_fit(
         np.array(tokens),
         np.array(images or [0] * len(tokens)),
         length=length,
-        images_per_row=images_per_row,
+        tiles_per_row=tiles_per_row,
     )
     return [order[a:b].tolist() for a, b in pairwise(starts.tolist())]
 
@@ -33,7 +33,7 @@ def test_the_oldest_opens_a_row_and_the_longest_that_fits_follows() -> None:
 
 def test_a_row_holds_no_more_images_than_it_may() -> None:
     # by tokens all four would share a row; 1 and 2 carry two images each
-    assert rows_of([4, 3, 2, 1], images=[1, 2, 2, 0], length=10, images_per_row=3) == [[0, 1, 3], [2]]
+    assert rows_of([4, 3, 2, 1], images=[1, 2, 2, 0], length=10, tiles_per_row=3) == [[0, 1, 3], [2]]
 
 
 @settings(max_examples=60)
@@ -43,7 +43,7 @@ def test_a_row_holds_no_more_images_than_it_may() -> None:
 )
 def test_every_sample_lies_in_one_row_and_no_row_overflows(samples: list[tuple[int, int]], look_ahead: int) -> None:
     tokens, images = np.array(samples, dtype=np.int64).reshape(-1, 2).T
-    order, starts = best_fit(tokens, images, length=100, images_per_row=4, look_ahead=look_ahead)
+    order, starts = best_fit(tokens, images, length=100, tiles_per_row=4, look_ahead=look_ahead)
     assert sorted(order.tolist()) == list(range(len(samples)))
     for a, b in pairwise(starts.tolist()):
         assert b > a

@@ -43,7 +43,7 @@ def table(tokens: list[int], images: list[int] | None = None) -> LengthTable:
     rows: Any = np.zeros(len(tokens), dtype=ROW)
     rows["tokens"] = tokens
     rows["trained"] = np.array(tokens) // 2
-    rows["images"] = images or 0
+    rows["tiles"] = images or 0
     return LengthTable(rows=rows)
 
 
@@ -53,7 +53,7 @@ def plan(tables: list[LengthTable], draws: list[int] | None = None, **more: Any)
         "length": 100,
         "rows_per_step": 4,
         "packing": True,
-        "images_per_row": 9,
+        "tiles_per_row": 9,
         "seed": 0,
         **more,
     }
@@ -131,7 +131,7 @@ def test_max_steps_cuts_the_same_plan_short() -> None:
         ({"length": 101}, "length"),
         ({"rows_per_step": 5}, "rows_per_step"),
         ({"packing": False}, "packing"),
-        ({"images_per_row": 8}, "images_per_row"),
+        ({"tiles_per_row": 8}, "images_per_row"),
         ({"epochs": 2}, "epochs"),
         ({"draws": [5]}, "data"),
         ({"tables": [table([31, 70, 50] * 20)]}, "lengths (tokenizer, template, image tokens, too_long)"),
@@ -155,7 +155,7 @@ def test_the_summary_adds_up_by_hand() -> None:
     made = plan([table([60] * 4), table([40] * 2, images=[1, 1])], rows_per_step=2)
     found = summarize(made, length=100, world=2)
     assert (found.steps, found.rows, round(found.fill, 3)) == (2, 4, 0.8)
-    assert [(s.samples, s.tokens, s.trained_tokens, s.images) for s in found.sources] == [
+    assert [(s.samples, s.tokens, s.trained_tokens, s.tiles) for s in found.sources] == [
         (4, 240, 120, 0),
         (2, 80, 40, 2),
     ]
@@ -179,7 +179,7 @@ def test_the_useful_share_of_llava_like_lengths() -> None:
             [table(np.minimum(lengths, length).astype(int).tolist())],
             length=length,
             rows_per_step=rows,
-            images_per_row=64,
+            tiles_per_row=64,
         )
         assert summarize(made, length=length, world=8).useful > bar
 
@@ -198,10 +198,10 @@ def test_pure_and_paired_steps_hold_what_they_say() -> None:
     tables = [table([60, 30, 20] * 20, images=[1] * 60), table([50] * 40)]
     pure = plan(tables, batches="pure")
     for step in range(pure.steps):
-        assert len({row.images > 0 for row in pure.step(step) if row.samples}) == 1
+        assert len({row.tiles > 0 for row in pure.step(step) if row.samples}) == 1
     paired = plan(tables, batches="paired")
     for step in range(paired.steps - 1):
-        assert len({row.images > 0 for row in paired.step(step)}) == 2
+        assert len({row.tiles > 0 for row in paired.step(step)}) == 2
     for made in (pure, paired):
         assert set(seen(made).values()) == {1}
         assert all(len({s for s, _ in row.samples}) <= 1 for k in range(made.steps) for row in made.step(k))

@@ -255,7 +255,7 @@ def test_training_reads_a_few_shards_at_a_time_and_fetches_each_once_an_epoch(
 def planned(shards: ShardSet) -> Plan:
     table = measure_lengths(shards, measure, fingerprint="f", max_skipped=0, processes=1, progress=False)
     return make_plan(
-        [(shards, len(shards))], [table], length=16, rows_per_step=1, packing=False, images_per_row=8, seed=0
+        [(shards, len(shards))], [table], length=16, rows_per_step=1, packing=False, tiles_per_row=8, seed=0
     )
 
 
