@@ -5,15 +5,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from mmit.tiling import TilePlan
 
 IGNORE = -100
 """Label of a position that is not trained; the same number as in torch's cross-entropy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Instructions:
+    """What each tile's turn asks, in tokens of a connector that reads it.
+
+    ids, mask: (N, L) int64, one row for each tile; the mask is 1 at tokens and 0 at padding behind them.
+    """
+
+    ids: Tensor
+    mask: Tensor
+
+    def to(self, device: torch.device | str) -> Instructions:
+        """The same with its tensors on ``device``."""
+        return Instructions(ids=self.ids.to(device, non_blocking=True), mask=self.mask.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Instructions:
+        """The same in page-locked memory."""
+        return Instructions(ids=self.ids.pin_memory(), mask=self.mask.pin_memory())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +46,7 @@ class Encoded:
     pixels: (N, 3, H, W) uint8 tiles in the order of their placeholders; N may be 0.
     features: (N, P, D_vision) bf16, where the encoder's cached outputs are used in place of pixels.
     plans: of every image in that order, how its tiles become its tokens; empty: every tile is an image of its own.
+    instructions: of every tile, where the connector reads them.
     """
 
     id: str
@@ -33,6 +55,7 @@ class Encoded:
     pixels: Tensor
     features: Tensor | None = None
     plans: tuple[TilePlan, ...] = ()
+    instructions: Instructions | None = None
 
     @property
     def length(self) -> int:
@@ -81,6 +104,7 @@ class Batch:
     tokens: tokens of the samples, without padding.
     by_source: where the loss of each source of the mixture is asked for; else None.
     features: (N, P, D_vision) bf16, what the encoder made of the tiles; there are no pixels then.
+    instructions: of every tile, where the connector reads them (None also where there is no tile).
     """
 
     input_ids: Tensor
@@ -93,6 +117,7 @@ class Batch:
     plans: tuple[TilePlan, ...] = ()
     by_source: BySource | None = None
     features: Tensor | None = None
+    instructions: Instructions | None = None
 
     @property
     def tiles(self) -> int:
@@ -108,6 +133,7 @@ class Batch:
             labels=self.labels.to(device, non_blocking=True),
             pixels=self.pixels.to(device, non_blocking=True),
             features=None if self.features is None else self.features.to(device, non_blocking=True),
+            instructions=self.instructions and self.instructions.to(device),
             by_source=self.by_source and self.by_source.to(device),
         )
 
@@ -120,6 +146,7 @@ class Batch:
             labels=self.labels.pin_memory(),
             pixels=self.pixels.pin_memory(),
             features=None if self.features is None else self.features.pin_memory(),
+            instructions=self.instructions and self.instructions.pin_memory(),
         )
 
 
@@ -146,6 +173,7 @@ def collate(
     position_ids = torch.zeros((len(rows), width), dtype=torch.int64)
     pixels: list[Tensor] = []
     features: list[Tensor] = []
+    questions = [found for row in rows for sample in row if (found := sample.instructions) is not None]
     for r, row in enumerate(rows):
         start = 0
         for sample in row:
@@ -170,7 +198,19 @@ def collate(
         plans=tuple(plan for row in rows for sample in row for plan in sample.plans),
         by_source=None if sources is None else _by_source(rows, sources, source_count),
         features=feature_size and torch.cat([torch.zeros((0, *feature_size), dtype=torch.bfloat16), *features]),
+        instructions=join_instructions(questions) if questions else None,
     )
+
+
+def join_instructions(parts: Sequence[Instructions]) -> Instructions:
+    """The rows of all parts, padded to the longest."""
+    width = max((part.ids.shape[1] for part in parts), default=1)
+    ids, mask = (
+        [functional.pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors]
+        for tensors in ([part.ids for part in parts], [part.mask for part in parts])
+    )
+    none = torch.zeros((0, width), dtype=torch.int64)
+    return Instructions(ids=torch.cat([none, *ids]), mask=torch.cat([none, *mask]))
 
 
 def _by_source(rows: list[list[Encoded]], sources: list[list[int]], source_count: int) -> BySource:

@@ -25,6 +25,7 @@ from mmit.batch import IGNORE, Encoded
 from mmit.conversation import Conversation
 from mmit.errors import ConfigError, DataError
 from mmit.images import ImageSpec, read_size
+from mmit.instructions import InstructionReader
 from mmit.templates import ChatTemplate, Rendered
 from mmit.tiling import TilePlan
 from mmit.tokenizer import IMAGE_TEXT
@@ -75,10 +76,12 @@ def encode_conversation(
     style: Style = "hf",
     pixels: bool = True,
     features: Callable[[bytes], Tensor] | None = None,
+    instructions: InstructionReader | None = None,
 ) -> Encoded:
     """One sample for the model. ``pixels=False`` decodes nothing: lengths are known from ``conversation.sizes``.
 
     features: gives what the encoder makes of an encoded image, (tiles, P, D_vision); taken in place of its pixels.
+    instructions: for a connector that reads them.
 
     Raises DataError, naming the record, if the images and their places do not match, an image cannot be read, the
     conversation breaks a rule of turns.py, or no token of it would be trained.
@@ -110,6 +113,7 @@ def encode_conversation(
         pixels=torch.cat(tiles),
         plans=plans,
         features=torch.cat(found) if found else None,
+        instructions=None if instructions is None else instructions.read(conversation, [plan.tiles for plan in plans]),
     )
 
 

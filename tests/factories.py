@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import BertTokenizer, LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 CORPUS = (
     "A chat between a curious user and an artificial intelligence assistant.",
@@ -72,5 +72,15 @@ def tiny_qwen_tokenizer(directory: Path | str) -> PreTrainedTokenizerBase:
         additional_special_tokens=["<|im_start|>"],
         clean_up_tokenization_spaces=False,
     )
+    tokenizer.save_pretrained(directory)
+    return tokenizer
+
+
+def tiny_bert_tokenizer(directory: Path | str) -> PreTrainedTokenizerBase:
+    """A BERT-type tokenizer (lower case, ``[CLS]`` and ``[SEP]`` around), written to ``directory``."""
+    words = "what how many colour is are the this in picture circle square red blue ? . , #"
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words.split(), *(f"##{letter}" for letter in "aeiost")]
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    tokenizer = BertTokenizer(vocab={name: index for index, name in enumerate([*names, *letters])})
     tokenizer.save_pretrained(directory)
     return tokenizer

@@ -21,6 +21,7 @@ LAYERS = {
     "templates": 3,
     "turns": 3,
     "encoding": 3,
+    "instructions": 3,
     "tokenizer": 3,
     "batch": 3,
     "data": 4,

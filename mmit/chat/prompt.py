@@ -56,7 +56,15 @@ def read_prompt(loaded: LoadedModel, conversation: Conversation) -> Encoded:
     sizes = [plan.tokens for plan in plans]
     ids, _ = encode(rendered, loaded.tokenizer, sizes, image_id=loaded.image_id, style=loaded.style)
     none = torch.empty((0, 3, *spec.canvas), dtype=torch.uint8)
-    return Encoded(id=conversation.id, input_ids=ids, labels=torch.full_like(ids, IGNORE), pixels=none, plans=plans)
+    reader = loaded.instructions
+    return Encoded(
+        id=conversation.id,
+        input_ids=ids,
+        labels=torch.full_like(ids, IGNORE),
+        pixels=none,
+        plans=plans,
+        instructions=None if reader is None else reader.read(conversation, [plan.tiles for plan in plans]),
+    )
 
 
 def with_pictures(prompt: Encoded, loaded: LoadedModel, conversation: Conversation) -> Encoded:

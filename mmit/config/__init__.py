@@ -16,10 +16,12 @@ from mmit.config.connectors import (
     AveragePoolConnector,
     CAbstractorConnector,
     Connector,
+    Instruction,
     LinearConnector,
     MlpConnector,
     PerceiverConnector,
     PixelShuffleConnector,
+    QFormerConnector,
 )
 from mmit.config.data import SUBSET, Batching, Data, Source
 from mmit.config.encoders import Encoder, OneEncoder, OpenClipEncoder, TimmEncoder, TransformersEncoder
@@ -42,6 +44,7 @@ __all__ = [
     "Data",
     "DynamicTiling",
     "Encoder",
+    "Instruction",
     "LanguageModel",
     "Launch",
     "LinearConnector",
@@ -53,6 +56,7 @@ __all__ = [
     "Optim",
     "PerceiverConnector",
     "PixelShuffleConnector",
+    "QFormerConnector",
     "RunConfig",
     "Save",
     "Section",

@@ -5,10 +5,10 @@ from __future__ import annotations
 from math import isqrt
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Discriminator, Field, Tag
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from mmit.config.parts import CustomPart, kind_of
-from mmit.config.sections import Section
+from mmit.config.sections import BelowOne, Section
 
 
 def _is_square(count: int) -> int:
@@ -84,6 +84,56 @@ class PerceiverConnector(Section):
     """Width of a head."""
 
 
+class Instruction(Section):
+    """How a Q-Former reads the question that a picture belongs to (InstructBLIP, arXiv 2305.06500)."""
+
+    tokenizer: str
+    """Directory or hub name of its own tokenizer, such as ``bert-base-uncased``."""
+    length: Size = 128
+    """Most tokens of a question; a longer one is cut."""
+    vocabulary: Annotated[int, Field(ge=0)] = 0
+    """Rows of its table of words; 0: as many as the tokenizer has tokens."""
+    positions: Size = 512
+    """Rows of its table of positions, at least ``length``."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Instruction:
+        if self.length > self.positions:
+            raise ValueError(f"length {self.length} is more than positions {self.positions}")
+        return self
+
+
+class QFormerConnector(Section):
+    """Queries that look at the patches in every second layer of a BERT (BLIP-2, arXiv 2301.12597)."""
+
+    type: Literal["qformer"]
+    tokens: Size = 32
+    """Image tokens of a tile: the queries."""
+    hidden: Size = 768
+    """Width of the layers."""
+    depth: Annotated[int, Field(ge=1, le=48)] = 12
+    """Number of layers."""
+    heads: Size = 12
+    """Heads of attention; a divisor of ``hidden``."""
+    intermediate: Size = 3072
+    """Width inside the feed-forward layers."""
+    cross_every: Size = 2
+    """The queries look at the patches in every layer so far apart, from the first."""
+    dropout: BelowOne = 0.0
+    """Dropout while the connector trains (BERT's is 0.1); 0 keeps training deterministic."""
+    pretrained: str = ""
+    """Weights to start from: a BERT, BLIP-2 or InstructBLIP model of transformers (directory or hub name), or a file
+    of LAVIS; empty: random ones."""
+    instruction: Instruction | None = None
+    """Reads the question too (InstructBLIP); left out: looks at the picture alone (BLIP-2)."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> QFormerConnector:
+        if self.hidden % self.heads:
+            raise ValueError(f"heads {self.heads} does not divide hidden {self.hidden}")
+        return self
+
+
 Connector = Annotated[
     Annotated[LinearConnector, Tag("linear")]
     | Annotated[MlpConnector, Tag("mlp")]
@@ -91,13 +141,14 @@ Connector = Annotated[
     | Annotated[AveragePoolConnector, Tag("average_pool")]
     | Annotated[CAbstractorConnector, Tag("c_abstractor")]
     | Annotated[PerceiverConnector, Tag("perceiver_resampler")]
+    | Annotated[QFormerConnector, Tag("qformer")]
     | Annotated[CustomPart, Tag("custom")],
     Discriminator(
         kind_of,
         custom_error_type="unknown_type",
         custom_error_message=(
-            "'type' must be one of linear, mlp, pixel_shuffle, average_pool, c_abstractor, perceiver_resampler, or "
-            "package.module:Class"
+            "'type' must be one of linear, mlp, pixel_shuffle, average_pool, c_abstractor, perceiver_resampler, "
+            "qformer, or package.module:Class"
         ),
     ),
 ]

@@ -39,6 +39,7 @@ def answer_loss(
                     spec=loaded.model.spec,
                     image_id=loaded.image_id,
                     style=loaded.style,
+                    instructions=loaded.instructions,
                 )
             ]
             for conversation in changed[start : start + batch_size]

@@ -7,7 +7,7 @@ from torch import nn
 
 from mmit.config import ComposedModel, WholeModel
 from mmit.images import ImageSpec, View
-from mmit.models.connectors import Connector, build_connector
+from mmit.models.connectors import Connector, build_connector, instruction_reader
 from mmit.models.encoders import VisionEncoder, build_encoder, encoders_of, section_of
 from mmit.models.language_models import check_vocabulary, grow_embeddings, read_language_model, token_table
 from mmit.models.load import load_model
@@ -64,6 +64,7 @@ def _compose(section: ComposedModel, *, dtype: torch.dtype, seed: int) -> Loaded
         style=section.language_model.text_style,
         encoder=section_of(section.encoder),
         connector=section.connector.model_dump(),
+        instructions=instruction_reader(connector),
     )
 
 

@@ -12,7 +12,7 @@ from transformers.initialization import no_init_weights
 
 from mmit.config import Connector as ConnectorSection
 from mmit.errors import CheckpointError
-from mmit.models.connectors import Connector, build_connector
+from mmit.models.connectors import Connector, build_connector, instruction_reader
 from mmit.models.encoders import LayeredTower, VisionEncoder
 from mmit.models.formats import Contents, Format, detect, read_contents
 from mmit.models.formats.contents import Json
@@ -73,6 +73,7 @@ def load_model(path: Path | str, *, dtype: torch.dtype, template: str = "own") -
         style=form.style(contents),
         encoder=encoder,
         connector=connector,
+        instructions=instruction_reader(projector),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from mmit.images import ImageSpec
+from mmit.instructions import InstructionReader
 from mmit.models.vlm import VisionLanguageModel
 from mmit.templates import ChatTemplate
 
@@ -21,7 +22,8 @@ class LoadedModel:
     """A model, its tokenizer and template, and how its text is tokenized.
 
     style: how text around images becomes ids (see ``mmit.templates``). encoder, connector: the sections of a run file
-    that describe these parts; kept in ``mmit.json``.
+    that describe these parts; kept in ``mmit.json``. instructions: gives the connector its questions, where it reads
+    them.
     """
 
     model: VisionLanguageModel
@@ -32,6 +34,7 @@ class LoadedModel:
     style: Literal["hf", "llava"]
     encoder: Mapping[str, Any]
     connector: Mapping[str, Any]
+    instructions: InstructionReader | None = None
 
     @property
     def spec(self) -> ImageSpec:

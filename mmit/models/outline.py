@@ -17,8 +17,9 @@ from mmit.config import ComposedModel, WholeModel
 from mmit.config import Connector as ConnectorSection
 from mmit.errors import ConfigError
 from mmit.images import ImageSpec
+from mmit.instructions import InstructionReader
 from mmit.models.build import image_spec
-from mmit.models.connectors import Connector, build_connector
+from mmit.models.connectors import Connector, build_connector, instruction_reader
 from mmit.models.encoders import VisionEncoder, build_encoder
 from mmit.models.formats import detect, read_contents
 from mmit.models.load import find_model_directory
@@ -36,6 +37,7 @@ class Outline:
     image_id: int
     pad_id: int
     style: Literal["hf", "llava"]
+    instructions: InstructionReader | None = None
 
 
 def read_outline(section: ComposedModel | WholeModel) -> Outline:
@@ -63,6 +65,7 @@ def _of_parts(section: ComposedModel) -> Outline:
         image_id=prepared.image_id,
         pad_id=prepared.pad_id,
         style=section.language_model.text_style,
+        instructions=instruction_reader(connector),
     )
 
 
@@ -84,6 +87,7 @@ def _of_directory(section: WholeModel) -> Outline:
         image_id=prepared.image_id,
         pad_id=prepared.pad_id,
         style=form.style(contents),
+        instructions=instruction_reader(connector),
     )
 
 

@@ -27,11 +27,13 @@ class TrainGroup:
     names: tuple[str, ...]
 
 
-def apply_rules(model: nn.Module, rules: Mapping[str, float], *, unused: Callable[[], set[str]]) -> list[TrainGroup]:
+def apply_rules(
+    model: nn.Module, rules: Mapping[str, float], *, idle: frozenset[str] = frozenset(), unused: Callable[[], set[str]]
+) -> list[TrainGroup]:
     """Set ``requires_grad`` of every parameter by ``rules`` and return one group per rule that trains something.
 
-    unused: gives the names of tower parameters that no output depends on; they are never trained (an optimizer would
-    only decay them). Asked only when the tower is to be trained. Raises ConfigError for a rule that matches nothing.
+    idle: parameters that no output depends on; they are never trained (an optimizer would only decay them). unused:
+    gives those of the tower, asked only when it is to be trained. Raises ConfigError for a rule that matches nothing.
     """
     names = [name for name, _ in model.named_parameters()]
     winner: dict[str, str] = {}
@@ -43,11 +45,13 @@ def apply_rules(model: nn.Module, rules: Mapping[str, float], *, unused: Callabl
             raise ConfigError(f"train: the rule '{pattern}' matches no parameter (part names are {parts})")
         winner.update(dict.fromkeys(matched[pattern], pattern))
     (tower,) = PARTS["vision_tower"]
-    idle = unused() if any(name.startswith(tower) and rules[rule] > 0 for name, rule in winner.items()) else set()
+    if any(name.startswith(tower) and rules[rule] > 0 for name, rule in winner.items()):
+        idle |= unused()
     for pattern, found in matched.items():
         if rules[pattern] > 0 and idle.issuperset(found):
             raise ConfigError(
-                f"train: the rule '{pattern}' matches only parameters behind model.encoder.layer, which do nothing"
+                f"train: the rule '{pattern}' matches only parameters that do nothing, such as those behind "
+                "model.encoder.layer"
             )
     trained = {name for name, rule in winner.items() if rules[rule] > 0} - idle
     for name, parameter in model.named_parameters():

@@ -24,6 +24,7 @@ from mmit.errors import CheckpointError
 from mmit.models.encoders import describe_towers
 from mmit.models.formats import choose_writer
 from mmit.models.formats.own import OWN
+from mmit.models.formats.parts import INSTRUCTION_TOKENIZER, connector_inside
 from mmit.models.layout import hub_form, tensors_of, to_disk
 from mmit.models.loaded import FORMAT, LoadedModel
 from mmit.models.stored import INDEX
@@ -82,6 +83,8 @@ def _write(
         _write_json(directory / name, content)
     _write_tokenizer(loaded, template, directory, processor_class=writer.processor_class)
     _write_json(directory / "generation_config.json", _generation_config(loaded, template))
+    if loaded.instructions is not None:
+        loaded.instructions.tokenizer.save_pretrained(directory / INSTRUCTION_TOKENIZER)
     own = _own_description(loaded, template, made_from)
     _write_json(directory / "mmit.json", own | _layout(form.name, reasons))
 
@@ -131,7 +134,7 @@ def _own_description(loaded: LoadedModel, template: ChatTemplate, made_from: Map
         "images": loaded.model.spec.to_dict(),
         "encoder": dict(loaded.encoder),
         **_towers(loaded),
-        "connector": dict(loaded.connector),
+        "connector": connector_inside(loaded.connector),
         "made_from": dict(made_from),
         "packages": {"mmit": _version("mmit")} | {name: _version(name) for name in PACKAGES},
     }

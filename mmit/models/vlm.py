@@ -24,6 +24,7 @@ from mmit.models.attention import (
     choose_attention,
     sliding_window,
 )
+from mmit.models.connectors import idle_parameters, reads_instruction
 from mmit.models.head import head_is_plain, labelled_nll
 from mmit.models.mosaic import lay_out
 from mmit.models.placement import placement, runnable
@@ -73,22 +74,23 @@ class VisionLanguageModel(nn.Module):
             self.head_is_plain = head_is_plain(language_model)
 
     def train(self, mode: bool = True) -> VisionLanguageModel:
-        """Switch the mode; the tower stays in eval mode always."""
+        """Switch the mode; the tower stays in eval mode always, the connector (its dropout) while it does not train."""
         super().train(mode)
         self.vision_tower.eval()
+        if not any(parameter.requires_grad for parameter in self.multi_modal_projector.parameters()):
+            self.multi_modal_projector.eval()
         return self
 
-    def images(self, pixels: Tensor) -> Tensor:
-        """Image tokens (N, Q, D) of uint8 tiles (N, 3, H, W); a tower that does not train runs without gradients."""
+    def patches(self, pixels: Tensor) -> Tensor:
+        """Patch features (N, P, D_vision) of uint8 tiles (N, 3, H, W); a tower that does not train has no gradients."""
         tower_trains = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and tower_trains):
-            patches = tower_features(self.vision_tower, pixels, self.spec)  # (N, P, D_vision)
-        return self.multi_modal_projector(patches)
+            return tower_features(self.vision_tower, pixels, self.spec)
 
     def embed(self, batch: Batch) -> Tensor:
         """Input embeddings (B, T, D) with the image tokens of ``batch.pixels`` (or ``features``) in their places.
 
-        Raises DataError where tiles or places are not as many as the plans of the images say.
+        Raises DataError where tiles or places are not as many as the plans of the images say, or questions are missing.
         """
         places = (batch.input_ids.view(-1) == self.image_id).nonzero().view(-1)
         embeddings = self.language_model.get_input_embeddings()(batch.input_ids)
@@ -96,7 +98,8 @@ class VisionLanguageModel(nn.Module):
         tiles = given.shape[0]
         # A rank without images runs one zero tile times 0.0: ranks that skipped the tower would wait for each other.
         given = given if tiles else given.new_zeros((1, *given.shape[1:]))
-        images = self.images(given) if batch.features is None else self.multi_modal_projector(given)
+        patches = self.patches(given) if batch.features is None else given  # (N, P, D_vision)
+        images = self.multi_modal_projector(patches, *self._questions(batch))  # (N, Q, D)
         plans = batch.plans or (TilePlan(1, images.shape[1]),) * tiles
         expected = sum(plan.tokens for plan in plans)
         if len(places) != expected or tiles != sum(plan.tiles for plan in plans):
@@ -182,7 +185,8 @@ class VisionLanguageModel(nn.Module):
         rules: part name (connector, language_model, vision_tower) or regular expression searched in parameter names
         -> learning rate; later rules win, 0 freezes. Raises ConfigError for a rule that matches nothing.
         """
-        return apply_rules(self, rules, unused=self._unused_in_tower)
+        idle = frozenset(f"multi_modal_projector.{name}" for name in idle_parameters(self.multi_modal_projector))
+        return apply_rules(self, rules, idle=idle, unused=self._unused_in_tower)
 
     def enable_activation_checkpointing(self) -> None:
         """Recompute the activations of the language model's layers in the backward pass. Raises ConfigError."""
@@ -195,6 +199,22 @@ class VisionLanguageModel(nn.Module):
         """Input embeddings (T, D) of one prompt, on the model's device."""
         batch = collate([[prompt]], pad_id=self.image_id, image_size=self.spec.canvas)
         return self.embed(batch.to(next(self.parameters()).device))[0]
+
+    def _questions(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Ids and mask (N, L) of what the tiles' turns ask, for a connector that reads it."""
+        if not reads_instruction(self.multi_modal_projector):
+            return ()
+        if not batch.tiles:  # for the zero tile
+            blank = batch.input_ids.new_zeros((1, 1))
+            return blank, torch.ones_like(blank)
+        asked = batch.instructions
+        if asked is None or asked.ids.shape[0] != batch.tiles:
+            rows = 0 if asked is None else asked.ids.shape[0]
+            raise DataError(
+                f"{batch.tiles} tiles but {rows} instructions, which the connector reads; encode the samples with the "
+                "model's InstructionReader (LoadedModel.instructions)"
+            )
+        return asked.ids, asked.mask
 
     def _mask(self, position_ids: Tensor) -> Tensor | None:
         return attention_mask_for(position_ids, implementation=self.attention, window=self.window)

@@ -41,6 +41,7 @@ from mmit.distributed import logger, rank, world_size
 from mmit.encoding import Style, encode_conversation
 from mmit.errors import DataError
 from mmit.images import ImageSpec
+from mmit.instructions import InstructionReader
 from mmit.models import LoadedModel, Outline
 from mmit.templates import ChatTemplate
 
@@ -54,6 +55,7 @@ class Encode:
     spec: ImageSpec
     image_id: int
     style: Style
+    instructions: InstructionReader | None = None
 
     def __call__(self, conversation: Conversation) -> Encoded:
         """Ids, labels and pixels. Raises DataError."""
@@ -73,6 +75,7 @@ class Encode:
             image_id=self.image_id,
             style=self.style,
             pixels=pixels,
+            instructions=self.instructions if pixels else None,
         )
 
     def fingerprint(self) -> str:
@@ -136,7 +139,7 @@ def make_encode(data: Data, loaded: LoadedModel | Outline) -> Encode:
     template = loaded.template
     if data.template != "model":
         template = ChatTemplate.load(data.template, loaded.tokenizer)
-    return Encode(template, loaded.tokenizer, loaded.spec, loaded.image_id, loaded.style)
+    return Encode(template, loaded.tokenizer, loaded.spec, loaded.image_id, loaded.style, loaded.instructions)
 
 
 def make_feed(config: RunConfig, stage: Stage, loaded: LoadedModel) -> Feed:

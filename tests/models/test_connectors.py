@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from factories import tiny_bert_tokenizer
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
@@ -21,8 +23,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "average_pool": {"tokens": 9},
     "c_abstractor": {"tokens": 4, "hidden": 16, "blocks": 2},
     "perceiver_resampler": {"tokens": 5, "depth": 2, "heads": 2, "head_width": 8},
+    "qformer": {"tokens": 6, "hidden": 16, "depth": 3, "heads": 2, "intermediate": 32},
 }
-TOKENS = {"linear": 16, "mlp": 16, "pixel_shuffle": 4, "average_pool": 9, "c_abstractor": 4, "perceiver_resampler": 5}
+TOKENS = {"linear": 16, "mlp": 16, "pixel_shuffle": 4, "average_pool": 9, "c_abstractor": 4}
+TOKENS |= {"perceiver_resampler": 5, "qformer": 6}
 
 
 class MeanConnector(nn.Module):
@@ -94,12 +98,18 @@ def test_every_connector_passes_the_suite(kind: str) -> None:
     check_connector({"type": kind, **KINDS.get(kind, {})}, width_in=24, width_out=32, patches=16)
 
 
+def test_a_qformer_that_reads_the_question_passes_the_suite_too(tmp_path: Path) -> None:
+    tiny_bert_tokenizer(tmp_path)
+    instruction = {"tokenizer": str(tmp_path), "length": 8, "positions": 16}
+    check_connector({"type": "qformer", **KINDS["qformer"], "instruction": instruction})
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_number_of_tokens_is_known_beforehand(kind: str) -> None:
     connector = built(kind, **KINDS[kind])
     assert isinstance(connector, Connector)
     assert connector.tokens(16) == TOKENS[kind]
-    assert keeps_grid(connector) == (kind != "perceiver_resampler")
+    assert keeps_grid(connector) == (kind not in ("perceiver_resampler", "qformer"))
     assert not reads_instruction(connector)
 
 

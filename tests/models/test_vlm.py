@@ -123,9 +123,9 @@ def test_a_frozen_tower_keeps_no_activations_and_stays_in_eval_mode(build: Build
     assert model.language_model.training
     seen: list[bool] = []
     model.vision_tower.register_forward_hook(lambda _module, _inputs, output: seen.append(output.requires_grad))
-    images = model.images(torch.zeros((1, 3, *model.spec.size), dtype=torch.uint8))
+    patches = model.patches(torch.zeros((1, 3, *model.spec.size), dtype=torch.uint8))
     assert seen == [False]
-    assert images.requires_grad
+    assert model.multi_modal_projector(patches).requires_grad
 
 
 def test_activation_checkpointing_changes_no_gradient(build: Build) -> None:

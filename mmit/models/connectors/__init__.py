@@ -5,7 +5,13 @@ One module for each kind; ``build`` holds the table of them, ``checks`` what eve
 
 from mmit.models.connectors.build import build_connector
 from mmit.models.connectors.checks import check_connector
-from mmit.models.connectors.interface import Connector, keeps_grid, reads_instruction
+from mmit.models.connectors.interface import (
+    Connector,
+    idle_parameters,
+    instruction_reader,
+    keeps_grid,
+    reads_instruction,
+)
 from mmit.models.connectors.mlp import MlpProjector
 
 __all__ = [
@@ -13,6 +19,8 @@ __all__ = [
     "MlpProjector",
     "build_connector",
     "check_connector",
+    "idle_parameters",
+    "instruction_reader",
     "keeps_grid",
     "reads_instruction",
 ]

@@ -17,6 +17,7 @@ from mmit.config import (
     MlpConnector,
     PerceiverConnector,
     PixelShuffleConnector,
+    QFormerConnector,
     Section,
 )
 from mmit.config import Connector as ConnectorSection
@@ -27,6 +28,7 @@ from mmit.models.connectors.mlp import MlpProjector
 from mmit.models.connectors.perceiver import PerceiverResampler
 from mmit.models.connectors.pixel_shuffle import PixelShuffleProjector
 from mmit.models.plugins import make_custom
+from mmit.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,25 @@ def _perceiver(section: PerceiverConnector, sizes: _Sizes) -> nn.Module:
     return PerceiverResampler(**sizes.widths, count=section.tokens, **inner)
 
 
+def _qformer(section: QFormerConnector, sizes: _Sizes) -> nn.Module:
+    from mmit.models.connectors.qformer import QFormer, Reading, Shape
+
+    shape = Shape(
+        hidden_size=section.hidden,
+        num_hidden_layers=section.depth,
+        num_attention_heads=section.heads,
+        intermediate_size=section.intermediate,
+        cross_attention_frequency=section.cross_every,
+    )
+    reading = None
+    if asked := section.instruction:
+        vocabulary = asked.vocabulary or len(load_tokenizer(asked.tokenizer))
+        reading = Reading(
+            tokenizer=asked.tokenizer, length=asked.length, vocabulary=vocabulary, positions=asked.positions
+        )
+    return QFormer(**sizes.widths, count=section.tokens, shape=shape, reading=reading, dropout=section.dropout)
+
+
 def _custom(section: CustomPart, sizes: _Sizes) -> nn.Module:
     return make_custom(section.type, {**sizes.widths, **section.args}, key="model.connector")
 
@@ -79,6 +100,7 @@ _MAKERS: dict[type[Section], Callable[[Any, _Sizes], nn.Module]] = {
     AveragePoolConnector: _average_pool,
     CAbstractorConnector: _c_abstractor,
     PerceiverConnector: _perceiver,
+    QFormerConnector: _qformer,
     CustomPart: _custom,
 }
 

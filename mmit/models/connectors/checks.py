@@ -19,7 +19,7 @@ from torch.nn import functional
 from mmit.config import Connector as ConnectorSection
 from mmit.errors import ConfigError
 from mmit.models.connectors.build import build_connector
-from mmit.models.connectors.interface import Connector, reads_instruction
+from mmit.models.connectors.interface import Connector, idle_parameters, reads_instruction
 
 _TILES, _WORDS = 3, 5
 
@@ -30,8 +30,9 @@ def check_connector(
     """Raise ConfigError, naming the first rule that it breaks, for a connector that training could not rely on.
 
     Its start depends on the seed alone; ``tokens(P)`` tokens of the promised width come out, in the dtype that went in;
-    a tile's tokens depend on that tile alone; a gradient reaches its input and every parameter; its state can be
-    stored and read back; two steps of training lower a loss.
+    a tile's tokens depend on that tile alone; a gradient reaches its input and every parameter; a question, where
+    it reads one, counts and its padding does not; its state can be stored and read back; two steps of training lower a
+    loss.
     """
     described = TypeAdapter(ConnectorSection).validate_python(section)
 
@@ -49,6 +50,8 @@ def check_connector(
         _check_output(make(0, dtype), tiles.to(dtype), words, width_out)
     _check_tiles_apart(connector, tiles, words)
     _check_gradients(connector, tiles, words)
+    if words:
+        _check_reads(connector, tiles, words)
     _check_state(connector, make(1), tiles, words)
     _check_learns(connector, tiles, words)
 
@@ -99,8 +102,24 @@ def _check_gradients(connector: nn.Module, tiles: Tensor, words: tuple[Tensor, .
     connector.zero_grad()
     _loss(connector(tiles, *words)).backward()
     _require(tiles.grad is not None and bool(tiles.grad.any()), "no gradient reaches its input")
-    missed = [name for name, p in connector.named_parameters() if p.grad is None or not bool(p.grad.any())]
-    _require(not missed, f"no gradient reaches {', '.join(missed[:5])}; leave out what does nothing")
+    idle = idle_parameters(connector)
+    reached = {name for name, p in connector.named_parameters() if p.grad is not None and bool(p.grad.any())}
+    missed = sorted({name for name, _ in connector.named_parameters()} - reached - idle)
+    _require(
+        not missed, f"no gradient reaches {', '.join(missed[:5])}; leave out what does nothing, or name it in idle"
+    )
+    _require(not idle & reached, f"a gradient reaches {', '.join(sorted(idle & reached)[:5])}, named in idle")
+
+
+@torch.no_grad()
+def _check_reads(connector: nn.Module, tiles: Tensor, words: tuple[Tensor, ...]) -> None:
+    ids, mask = words
+    found = connector(tiles, ids, mask)
+    other = connector(tiles, ids.flip(0), mask.flip(0))
+    _require(not torch.allclose(found, other), "another question gives the same tokens")
+    longer = (functional.pad(ids, (0, 3)), functional.pad(mask, (0, 3)))
+    same = torch.allclose(found, connector(tiles, *longer), rtol=1e-4, atol=1e-4)
+    _require(same, "padding behind a question changes the tokens: heed the mask")
 
 
 @torch.no_grad()

@@ -6,6 +6,10 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from mmit.errors import ConfigError
+from mmit.instructions import InstructionReader
+from mmit.tokenizer import load_tokenizer
+
 
 @runtime_checkable
 class Connector(Protocol):
@@ -15,7 +19,9 @@ class Connector(Protocol):
 
     keeps_grid: its tokens are a square grid, row by row, over the same picture as the patches' grid (default False).
     reads_instruction: it is called as ``connector(patches, ids, mask)`` with the question of each tile's turn, ids and
-    mask (N, L) of its own tokenizer (default False).
+    mask (N, L) (default False). It then has ``instruction_tokenizer``, directory or hub name, and
+    ``instruction_length``, the most tokens of a question.
+    idle: names of parameters that it only keeps for files and that no output depends on (default none).
     """
 
     width_in: int
@@ -38,3 +44,28 @@ def keeps_grid(connector: nn.Module | Connector) -> bool:
 def reads_instruction(connector: nn.Module) -> bool:
     """True where the connector is to be given the question that the picture belongs to."""
     return bool(getattr(connector, "reads_instruction", False))
+
+
+def idle_parameters(connector: nn.Module) -> frozenset[str]:
+    """Names of the connector's parameters that never train, since nothing depends on them."""
+    return frozenset(getattr(connector, "idle", ()))
+
+
+@runtime_checkable
+class InstructionAware(Protocol):
+    """What a connector that reads instructions has beside the interface."""
+
+    instruction_tokenizer: str
+    instruction_length: int
+
+
+def instruction_reader(connector: object) -> InstructionReader | None:
+    """What turns questions into the connector's tokens, or None for one that reads none. Raises ConfigError."""
+    if not isinstance(connector, nn.Module) or not reads_instruction(connector):
+        return None
+    if not isinstance(connector, InstructionAware):
+        raise ConfigError(
+            f"model.connector: {type(connector).__name__} reads instructions and lacks 'instruction_tokenizer' or "
+            "'instruction_length'"
+        )
+    return InstructionReader(load_tokenizer(connector.instruction_tokenizer), connector.instruction_length)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -65,8 +65,3 @@ class Format:
 
 def no_further_check(_: Contents) -> None:
     """For formats whose recognition leaves nothing to refuse."""
-
-
-def section_of(contents: Contents, part: str, *, default: Mapping[str, Any]) -> Json:
-    """The run-file section of a part that ``mmit.json`` keeps, else ``default``."""
-    return dict(contents.own.get(part) or default)

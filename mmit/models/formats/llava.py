@@ -18,7 +18,8 @@ from mmit.models import hub_files
 from mmit.models.connectors import MlpProjector
 from mmit.models.encoders import Cls, ImageInput, build_encoder, frame_towers, layer_of, tower_from_config
 from mmit.models.formats.contents import Contents, Json, read_json
-from mmit.models.formats.form import Format, Writer, section_of
+from mmit.models.formats.form import Format, Writer
+from mmit.models.formats.parts import section_of
 from mmit.models.layout import hub_form, hub_name
 from mmit.models.loaded import LoadedModel
 from mmit.models.stored import Source, StoredTensors, weight_files
