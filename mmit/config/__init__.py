@@ -29,7 +29,7 @@ from mmit.config.model import ComposedModel, LanguageModel, Model, WholeModel
 from mmit.config.parts import CustomPart
 from mmit.config.sections import Section, parse_count
 from mmit.config.tiling import AnyresTiling, DynamicTiling
-from mmit.config.training import Launch, Log, Optim, Save, Stage, Zero
+from mmit.config.training import Launch, Log, Lora, Optim, Save, Stage, Zero
 
 __all__ = [
     "NAME",
@@ -49,6 +49,7 @@ __all__ = [
     "Launch",
     "LinearConnector",
     "Log",
+    "Lora",
     "MlpConnector",
     "Model",
     "OneEncoder",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -10,10 +11,20 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     field_validator,
+    model_validator,
 )
 
 from mmit.config.data import Batching, Data
 from mmit.config.sections import MANY, BelowOne, Fraction, Section
+
+
+def check_patterns(patterns: Iterable[str]) -> None:
+    """Raise ValueError for the first that is no regular expression."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"'{pattern}' is no regular expression: {error}") from None
 
 
 class Optim(Section):
@@ -64,14 +75,39 @@ class Log(Section):
     """Also write event files (needs the extra ``track``)."""
 
 
+class Lora(Section):
+    """Low-rank adapters (LoRA, arXiv 2106.09685) beside weights that stay; trained by the rule ``lora``."""
+
+    rank: PositiveInt = 64
+    """Width of the adapters."""
+    alpha: PositiveInt = 128
+    """What an adapter gives is multiplied by alpha / rank."""
+    dropout: BelowOne = 0.0
+    """Share of an adapter's inputs that is set to 0 while training."""
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("language_model",)
+    """Which linear layers: part names (language_model is all of it but the head), or regular expressions over names."""
+    dora: bool = False
+    """Also train the length of each row of an adapted weight (DoRA, arXiv 2402.09353)."""
+    rslora: bool = False
+    """Multiply by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732)."""
+
+    @field_validator("targets")
+    @classmethod
+    def _expressions_compile(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
+        check_patterns(targets)
+        return targets
+
+
 class Stage(Section):
     """One stage of training."""
 
     init_from: str = "parts"
     """Where the weights come from: ``parts`` (the ``model`` section), a stage of this file, or a model directory."""
     train: Annotated[dict[str, Annotated[float, Field(ge=0.0)]], Field(min_length=1)]
-    """What is trained: part name (connector, language_model, vision_tower) or regular expression -> peak learning rate.
-    Later rules win; 0 freezes."""
+    """What is trained: part name (connector, language_model, vision_tower, lora) or regular expression -> peak learning
+    rate. Later rules win; 0 freezes."""
+    lora: Lora | None = None
+    """Adapters that are trained in this stage; ``train`` needs the rule ``lora``."""
     data: Data
     batch: Batching
     epochs: Annotated[int, Field(ge=1, le=MANY)] = 1
@@ -88,14 +124,19 @@ class Stage(Section):
     @field_validator("train")
     @classmethod
     def _patterns_compile(cls, rules: dict[str, float]) -> dict[str, float]:
-        for pattern in rules:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"'{pattern}' is no regular expression: {error}") from None
+        check_patterns(rules)
         if not any(rules.values()):
             raise ValueError("every learning rate is 0: nothing would be trained")
         return rules
+
+    @model_validator(mode="after")
+    def _adapters_train(self) -> Stage:
+        has_rule = any(lr > 0 and (rule == "lora" or "lora_" in rule) for rule, lr in self.train.items())
+        if self.lora is not None and not has_rule:
+            raise ValueError("lora: needs a learning rate above 0, as in train: {lora: 2e-4}")
+        if self.lora is None and "lora" in self.train:
+            raise ValueError("train: the rule 'lora' needs the section 'lora' of the stage")
+        return self
 
 
 class Launch(Section):

@@ -11,6 +11,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mmit.models.adapter_files import begin_adapter
+    from mmit.models.adapter_names import holds_adapter, partner
     from mmit.models.build import build_model
     from mmit.models.load import find_model_directory, load_model, load_weights
     from mmit.models.loaded import LoadedModel
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from mmit.models.vlm import VisionLanguageModel
 
 _WHERE = {
+    "adapter_files": ("begin_adapter",),
+    "adapter_names": ("holds_adapter", "partner"),
     "build": ("build_model",),
     "outline": ("Outline", "read_outline"),
     "load": ("find_model_directory", "load_model", "load_weights"),
@@ -35,10 +39,13 @@ __all__ = [
     "Outline",
     "TrainGroup",
     "VisionLanguageModel",
+    "begin_adapter",
     "build_model",
     "find_model_directory",
+    "holds_adapter",
     "load_model",
     "load_weights",
+    "partner",
     "read_outline",
     "save_model",
 ]

@@ -10,7 +10,7 @@ from mmit.images import ImageSpec, View
 from mmit.models.connectors import Connector, build_connector, instruction_reader
 from mmit.models.encoders import VisionEncoder, build_encoder, encoders_of, section_of
 from mmit.models.language_models import check_vocabulary, grow_embeddings, read_language_model, token_table
-from mmit.models.load import load_model
+from mmit.models.load import Adapter, load_model
 from mmit.models.loaded import LoadedModel
 from mmit.models.tiling import fresh_newline, tiling_of
 from mmit.models.vlm import VisionLanguageModel
@@ -18,13 +18,16 @@ from mmit.templates import ChatTemplate
 from mmit.tokenizer import load_tokenizer, prepare_tokenizer
 
 
-def build_model(section: ComposedModel | WholeModel, *, dtype: torch.dtype, seed: int) -> LoadedModel:
+def build_model(
+    section: ComposedModel | WholeModel, *, dtype: torch.dtype, seed: int, adapter: Adapter = "merge"
+) -> LoadedModel:
     """The model of a run file, in eval mode on the CPU; the fresh connector depends on ``seed`` alone.
 
+    adapter: what becomes of the one that a model directory holds.
     Raises ConfigError or CheckpointError for parts that are missing or do not fit.
     """
     if isinstance(section, WholeModel):
-        return load_model(section.path, dtype=dtype, template=section.template)
+        return load_model(section.path, dtype=dtype, template=section.template, adapter=adapter)
     return _compose(section, dtype=dtype, seed=seed)
 
 

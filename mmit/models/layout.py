@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
 
+from mmit.models.adapter_names import is_adapter, plain_name
 from mmit.models.encoders import HubForm, LayeredTower
 
 _TOWER = "vision_tower."
@@ -51,10 +52,13 @@ def is_computed(stored: str) -> bool:
 
 
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that are stored, by name in memory: parameters (a tied one once) and persistent buffers."""
+    """The tensors that are stored, by name in memory: parameters (a tied one once) and persistent buffers.
+
+    Those of an adapter are left out, and the others have the names that they have without one.
+    """
     stored = set(model.state_dict(keep_vars=True))
-    yield from model.named_parameters()
-    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in stored)
+    yield from ((plain_name(name), parameter) for name, parameter in model.named_parameters() if not is_adapter(name))
+    yield from ((plain_name(name), buffer) for name, buffer in model.named_buffers() if name in stored)
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
@@ -63,9 +67,9 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     again: dict[str, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) in first:
-            again[name] = first[id(parameter)]
+            again[plain_name(name)] = first[id(parameter)]
         else:
-            first[id(parameter)] = name
+            first[id(parameter)] = plain_name(name)
     return again
 
 

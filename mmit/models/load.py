@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from pydantic import TypeAdapter
@@ -12,6 +13,7 @@ from transformers.initialization import no_init_weights
 
 from mmit.config import Connector as ConnectorSection
 from mmit.errors import CheckpointError
+from mmit.models.adapter_names import base_directory, holds_adapter
 from mmit.models.connectors import Connector, build_connector, instruction_reader
 from mmit.models.encoders import LayeredTower, VisionEncoder
 from mmit.models.formats import Contents, Format, detect, read_contents
@@ -28,13 +30,20 @@ MARKER = "COMPLETE"
 """File that makes a checkpoint complete; it is written last."""
 
 
-def load_model(path: Path | str, *, dtype: torch.dtype, template: str = "own") -> LoadedModel:
+Adapter = Literal["merge", "keep", "drop"]
+"""What becomes of the adapter of a directory: added to the weights, put beside them, or not read."""
+
+
+def load_model(
+    path: Path | str, *, dtype: torch.dtype, template: str = "own", adapter: Adapter = "merge"
+) -> LoadedModel:
     """The model in a directory (or in a stage's folder), in eval mode on the CPU.
 
     template: ``own`` for the one the directory carries, else as in ``ChatTemplate.load``. Raises CheckpointError that
     names the file, or lists the tensors, that do not fit.
     """
-    contents = read_contents(find_model_directory(path))
+    directory = find_model_directory(path)
+    contents = read_contents(directory)
     form = detect(contents)
     prepared = form.tokenizer(contents)
     frame, encoder, connector = _frame(contents, form, dtype=dtype)
@@ -57,15 +66,17 @@ def load_model(path: Path | str, *, dtype: torch.dtype, template: str = "own") -
         frame.image_newline = newline
     with form.tensors(contents, tower) as stored:
         read_into(frame, stored)
+    model = VisionLanguageModel(
+        vision_tower=tower,
+        connector=projector,
+        language_model=language_model,
+        spec=spec,
+        image_id=prepared.image_id,
+        image_newline=newline,
+    )
+    _take_adapter(model, directory, adapter)
     return LoadedModel(
-        model=VisionLanguageModel(
-            vision_tower=tower,
-            connector=projector,
-            language_model=language_model,
-            spec=spec,
-            image_id=prepared.image_id,
-            image_newline=newline,
-        ),
+        model=model,
         tokenizer=prepared.tokenizer,
         template=ChatTemplate.load(template, prepared.tokenizer),
         image_id=prepared.image_id,
@@ -77,12 +88,13 @@ def load_model(path: Path | str, *, dtype: torch.dtype, template: str = "own") -
     )
 
 
-def load_weights(model: VisionLanguageModel, path: Path | str) -> None:
+def load_weights(model: VisionLanguageModel, path: Path | str, *, adapter: Adapter = "merge") -> None:
     """Fill a built model with the weights of a model directory (or a stage's folder).
 
     Raises CheckpointError where tensors or the way the encoder is read differ.
     """
-    contents = read_contents(find_model_directory(path))
+    directory = find_model_directory(path)
+    contents = read_contents(directory)
     form = detect(contents)
     tower = model.vision_tower
     config = contents.config
@@ -99,6 +111,7 @@ def load_weights(model: VisionLanguageModel, path: Path | str) -> None:
             )
     with placed(model.placement), form.tensors(contents, tower) as stored:
         read_into(model, stored)
+    _take_adapter(model, directory, adapter)
 
 
 def find_model_directory(path: Path | str) -> Path:
@@ -114,9 +127,20 @@ def find_model_directory(path: Path | str) -> Path:
         key=lambda folder: int(folder.name.removeprefix("step-")),
     )
     for candidate in (path, path / "model", *(folder / "model" for folder in reversed(complete))):
-        if (candidate / "config.json").is_file():
+        if (base_directory(candidate) / "config.json").is_file():
             return candidate
     raise CheckpointError(f"{path} holds no model: no config.json here, in model/, or in a complete checkpoint")
+
+
+def _take_adapter(model: VisionLanguageModel, directory: Path, adapter: Adapter) -> None:
+    if adapter == "drop" or not holds_adapter(directory):
+        return
+    from mmit.models.adapter_files import read_adapter
+    from mmit.models.adapters import merge_adapter
+
+    read_adapter(model, directory)
+    if adapter == "merge":
+        merge_adapter(model)
 
 
 def _frame(contents: Contents, form: Format, *, dtype: torch.dtype) -> tuple[nn.Module, Json, Json]:

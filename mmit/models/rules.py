@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from mmit.errors import ConfigError
+from mmit.models.adapter_names import is_adapter, plain_name
 
 PARTS = {
     "connector": ("multi_modal_projector.", "image_newline"),
@@ -16,6 +17,9 @@ PARTS = {
     "vision_tower": ("vision_tower.",),
 }
 """Part names of a rule, and the beginnings of the parameter names they stand for."""
+
+LORA = "lora"
+"""The rule for the parameters of an adapter; no other rule reaches them but an expression that says ``lora_``."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ def apply_rules(
     for pattern in rules:
         matched[pattern] = _matches(pattern, names)
         if not matched[pattern]:
-            parts = ", ".join(PARTS)
+            parts = ", ".join((*PARTS, LORA))
             raise ConfigError(f"train: the rule '{pattern}' matches no parameter (part names are {parts})")
         winner.update(dict.fromkeys(matched[pattern], pattern))
     (tower,) = PARTS["vision_tower"]
@@ -64,6 +68,10 @@ def apply_rules(
 
 
 def _matches(pattern: str, names: list[str]) -> list[str]:
+    if pattern == LORA:
+        return [name for name in names if is_adapter(name)]
+    wants_adapter = "lora_" in pattern
+    names = [name for name in names if is_adapter(name) == wants_adapter]
     if pattern in PARTS:
         return [name for name in names if name.startswith(PARTS[pattern])]
-    return [name for name in names if re.search(pattern, name)]
+    return [name for name in names if re.search(pattern, plain_name(name))]

@@ -1,5 +1,7 @@
 """Write a model as one directory that transformers, vLLM and mmit open: all of it, or nothing.
 
+A model with an adapter becomes a directory of peft's, with the whole model that the adapter stands beside in it.
+
 Everything goes into a temporary directory beside the target, which takes its place at the end. A model that
 transformers' LLaVA class cannot hold is written with the same names under mmit's own ``model_type``, and
 ``mmit.json`` says why.
@@ -21,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmit.errors import CheckpointError
+from mmit.models.adapter_names import BASE, has_adapter, plain_name
 from mmit.models.encoders import describe_towers
 from mmit.models.formats import choose_writer
 from mmit.models.formats.own import OWN
@@ -55,7 +58,14 @@ def save_model(
     try:
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
-        _write(loaded, state, fresh, made_from=made_from, template=template or loaded.template)
+        adapted = has_adapter(loaded.model)
+        content = fresh / BASE if adapted else fresh
+        content.mkdir(parents=True, exist_ok=True)
+        _write(loaded, state, content, made_from=made_from, template=template or loaded.template)
+        if adapted:
+            from mmit.models.adapter_files import write_adapter
+
+            write_adapter(loaded.model, state, fresh, place=directory)
         _take_place(fresh, directory)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -72,9 +82,11 @@ def _write(
     template: ChatTemplate,
 ) -> None:
     model = loaded.model
-    names = [name for name, _ in tensors_of(model)]
-    tensors = dict(tensors_of(model)) if state is None else {name: state[name] for name in names}
-    dtype = next(tensors[name].dtype for name in names if tensors[name].is_floating_point())
+    tensors = dict(tensors_of(model))
+    if state is not None:
+        gathered = {plain_name(name): tensor for name, tensor in state.items()}
+        tensors = {name: gathered[name] for name in tensors}
+    dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
     form, writer, reasons = choose_writer(model)
     stored = to_disk(model.vision_tower, {name: t.detach().cpu() for name, t in tensors.items()})
     _write_weights({writer.disk_name(name): tensor for name, tensor in stored.items()}, directory)

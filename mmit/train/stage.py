@@ -175,24 +175,31 @@ def _open_folder(folder: Path, *, fresh: bool) -> IO[str]:
 
 def _build(config: RunConfig, name: str, *, dtype: torch.dtype) -> LoadedModel:
     """The model of a stage: from its parts, from a stage before it, or from a directory; the same on every rank."""
-    from mmit.models import build_model, find_model_directory, load_weights
+    from mmit.config import WholeModel
+    from mmit.models import build_model, find_model_directory, holds_adapter, load_weights
     from mmit.models.placement import WHOLE, placed
     from mmit.train.partition import Partitioned
 
     stage = config.stages[name]
     with placed(Partitioned(_engine_settings(stage, dtype)) if stage.zero.stage == 3 else WHOLE):
-        loaded = build_model(config.model, dtype=dtype, seed=config.seed)
+        loaded = build_model(config.model, dtype=dtype, seed=config.seed, adapter="drop")
     source = stage.init_from
-    if source == "parts":
-        return loaded
+    directory = None
     if source in config.stages:
         directory = config.stage_folder(source) / "model"
         if not (directory / "mmit.json").is_file():
             raise ConfigError(f"stages.{name}.init_from: stage '{source}' has not been trained; {directory} is missing")
-    else:
+    elif source != "parts":
         directory = find_model_directory(Path(source))
-    load_weights(loaded.model, directory)
-    logger.info("weights from %s", directory)
+    elif isinstance(config.model, WholeModel):
+        directory = find_model_directory(config.model.path)
+    if source != "parts" and directory is not None:
+        load_weights(loaded.model, directory, adapter="drop")
+        logger.info("weights from %s", directory)
+    if stage.lora is not None or (directory is not None and holds_adapter(directory)):
+        from mmit.models import begin_adapter
+
+        begin_adapter(loaded.model, stage.lora, directory, seed=config.seed)
     return loaded
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mmit.distributed import all_reduce_sum
 from mmit.errors import TrainingError
-from mmit.models import TrainGroup
+from mmit.models import TrainGroup, partner
 
 _BEHIND_PICTURES = ("vision_tower.", "multi_modal_projector.")
 
@@ -73,7 +73,10 @@ class FirstStepCheck:
             raise TrainingError(f"frozen tensors changed in the first step: {_some(frozen)}; this is a fault of mmit")
         trained = [name for name, parameter in self._model.named_parameters() if parameter.requires_grad]
         device = next(self._model.parameters()).device
-        reached = torch.tensor([int(self._reached.get(name, False)) for name in trained], device=device)
+        reached = torch.tensor(
+            [int(self._reached.get(name, False) or self._reached.get(partner(name), False)) for name in trained],
+            device=device,
+        )
         ranks_reached = all_reduce_sum(reached).tolist()
         missed = [
             name

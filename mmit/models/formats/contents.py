@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmit.errors import CheckpointError
+from mmit.models.adapter_names import base_directory
 
 Json = dict[str, Any]
 
@@ -49,7 +50,11 @@ class Contents:
 
 
 def read_contents(directory: Path) -> Contents:
-    """The contents of a model directory. Raises CheckpointError for a file that is missing or damaged."""
+    """The contents of a model directory; where it holds an adapter, of the model that the adapter stands beside.
+
+    Raises CheckpointError for a file that is missing or damaged.
+    """
+    directory = base_directory(directory)
     own = directory / "mmit.json"
     return Contents(
         directory=directory,

@@ -29,6 +29,7 @@ class Writer:
 
     why_not: why the format cannot hold a model, or None where it can. config: ``config.json``. files: the further JSON
     files, by name. disk_name: the format's name for a tensor that the hub's LLaVA models call so (see layout.py).
+    module_name: what a module is called in the class that opens the format, for the files of an adapter.
     """
 
     why_not: Callable[[VisionLanguageModel], str | None]
@@ -36,6 +37,7 @@ class Writer:
     files: Callable[[LoadedModel], Mapping[str, Json]]
     processor_class: str = "LlavaProcessor"
     disk_name: Callable[[str], str] = str
+    module_name: Callable[[str], str] = str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from mmit.config import CustomPart
 from mmit.errors import CheckpointError
 from mmit.images import ImageSpec
 from mmit.models import hub_files
+from mmit.models.adapter_names import transformers_name
 from mmit.models.connectors import MlpProjector
 from mmit.models.encoders import Cls, ImageInput, build_encoder, frame_towers, layer_of, tower_from_config
 from mmit.models.formats.contents import Contents, Json, read_json
@@ -173,5 +174,5 @@ LLAVA = Format(
     spec=spec,
     style=style,
     tensors=tensors,
-    write=Writer(why_not=why_not, config=config, files=files),
+    write=Writer(why_not=why_not, config=config, files=files, module_name=transformers_name),
 )
