@@ -116,6 +116,9 @@ class Stage(Section):
     """End earlier; the schedule is that of the shorter run."""
     optim: Optim = Optim()
     zero: Zero = Zero()
+    attention: Literal["auto", "mmit_packed", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
+    """How the language model attends: ``auto`` takes what keeps packed samples apart without a mask of T x T, where
+    the model can; the others are transformers' implementations. What cannot run is refused."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, 20 to 25 percent more time."""
     save: Save = Save()

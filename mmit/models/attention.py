@@ -10,23 +10,20 @@ The vision tower is not touched: the name is set on the language model only.
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-
-from mmit.errors import ConfigError
-from mmit.models.language_models import token_table
 
 PACKED = "mmit_packed"
 """Name of the attention in transformers' registry."""
 
-logger = logging.getLogger("mmit")
+FLASH = "flash_attention_2"
+"""transformers' name of the flash-attn package."""
 
 
 def boundaries(position_ids: Tensor) -> Tensor:
@@ -82,90 +79,25 @@ AttentionInterface.register(PACKED, packed_attention)
 AttentionMaskInterface.register(PACKED, sdpa_mask)
 
 
-def choose_attention(language_model: PreTrainedModel) -> str:
-    """The attention that fits: ``mmit_packed`` where each head is plain causal softmax, else transformers' choice.
+def attention_arguments(position_ids: Tensor, *, implementation: str, window: int | None) -> dict[str, Any]:
+    """What a language model is told about the samples of its rows, by the words its attention understands.
 
-    Soft-capped scores (Gemma 2), attention sinks (GPT-OSS), chunked or linear attention, and models that do not go
-    through transformers' attention interface keep the implementation they were built with.
+    Ours gets the boundaries in the place of the mask; flash attention gets the cumulative lengths of all samples of
+    all rows. A mask of None lets transformers build a block mask of T x T from ``position_ids``, which it does right
+    only without a cache: the way for other implementations, and for ours where a sample exceeds the sliding window.
     """
-    config = language_model.config.get_text_config()
-    special_layers = _layer_types(language_model) - {"full_attention", "sliding_attention"}
-    special_heads = any(name.rsplit(".", 1)[-1] == "sinks" for name, _ in language_model.named_parameters())
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        return "eager"
-    if not language_model._supports_attention_backend or special_layers or special_heads:
-        return str(config._attn_implementation)
-    return PACKED
-
-
-def attention_mask_for(position_ids: Tensor, *, implementation: str, window: int | None) -> Tensor | None:
-    """What goes to the language model as its attention mask: the boundaries, or None.
-
-    None lets transformers build a block mask of T x T from ``position_ids``, which it does right only without a cache
-    and without a mask. That is the way for other implementations, and where a sample exceeds the sliding window.
-    """
-    if implementation != PACKED:
-        return None
+    if implementation not in (PACKED, FLASH):
+        return {"attention_mask": None}
     samples = boundaries(position_ids)
-    if window is not None and int((samples[..., 2] - samples[..., 1]).max()) > window:
-        return None
-    return samples
-
-
-def sliding_window(language_model: PreTrainedModel) -> int | None:
-    """The smallest number of tokens that a layer looks back on, or None where all look back on everything."""
-    window = getattr(language_model.config.get_text_config(), "sliding_window", None)
-    return window if isinstance(window, int) and window > 0 else None
-
-
-@torch.no_grad()
-def check_isolation(language_model: PreTrainedModel, *, implementation: str) -> None:
-    """Raise ConfigError unless a packed sample is blind to its neighbour and the same as when it is alone.
-
-    Tried on a row of a sample of one token and a sample of two. The logits of the second must not depend on the first,
-    to the bit (in a mixture of experts, whose matrix products change their shapes, up to rounding), and must be those
-    of the sample alone, up to rounding.
-    """
-    stateful = _layer_types(language_model) - {"full_attention", "sliding_attention", "chunked_attention"}
-    if stateful:
-        raise ConfigError(
-            f"{type(language_model).__name__} has layers of type {', '.join(sorted(stateful))}, which carry "
-            "a state from one sample of a packed row to the next; choose another model"
-        )
-    device = language_model.device
-    table = token_table(language_model)
-    rows = table.num_embeddings
-    positions = torch.tensor([[0, 0, 1]], device=device)
-
-    def logits(ids: list[int], position_ids: Tensor) -> Tensor:
-        out = language_model(
-            inputs_embeds=table(torch.tensor([ids], device=device)),
-            position_ids=position_ids,
-            attention_mask=attention_mask_for(position_ids, implementation=implementation, window=None),
-            use_cache=False,
-        )
-        return out.logits.float()
-
-    second = [rows // 3, rows // 5]
-    packed = logits([rows // 2, *second], positions)[:, 1:]
-    beside_another = logits([rows // 7, *second], positions)[:, 1:]
-    alone = logits(second, positions[:, 1:])
-    rounding = 8 * torch.finfo(table.weight.dtype).eps * float(alone.abs().max())
-    leak = float((packed - beside_another).abs().max())
-    difference = float((packed - alone).abs().max())
-    allowed = rounding if _has_experts(language_model) else 0.0
-    if not (leak <= allowed and difference <= 4 * rounding):  # also for a NaN
-        raise ConfigError(
-            f"{type(language_model).__name__} does not keep the samples of a packed row apart (attention "
-            f"'{implementation}': logits differ by {difference:.2g} from the sample alone); choose another model"
-        )
-    logger.info("attention of %s: %s", type(language_model).__name__, implementation)
-
-
-def _layer_types(language_model: PreTrainedModel) -> set[str]:
-    return set(getattr(language_model.config.get_text_config(), "layer_types", None) or ())
-
-
-def _has_experts(language_model: PreTrainedModel) -> bool:
-    config = language_model.config.get_text_config()
-    return any(getattr(config, name, 0) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    lengths = samples[0, 0, :, 2] - samples[0, 0, :, 1]
+    longest = int(lengths.max())
+    if implementation == PACKED:
+        return {"attention_mask": None if window is not None and longest > window else samples}
+    ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(position_ids.device, torch.int32)
+    return {
+        "attention_mask": None,
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }

@@ -6,8 +6,9 @@ head exactly once on every rank, whatever the batch holds: collectives of data a
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +19,8 @@ from mmit.batch import IGNORE, Batch, Encoded, collate
 from mmit.errors import ConfigError, DataError
 from mmit.images import ImageSpec, normalize
 from mmit.models import generation
-from mmit.models.attention import (
-    attention_mask_for,
-    check_isolation,
-    choose_attention,
-    sliding_window,
-)
+from mmit.models.attention import attention_arguments
+from mmit.models.attention_choice import packing_fault, set_attention, sliding_window
 from mmit.models.connectors import idle_parameters, reads_instruction
 from mmit.models.head import head_is_plain, labelled_nll
 from mmit.models.mosaic import lay_out
@@ -31,13 +28,16 @@ from mmit.models.placement import placement, runnable
 from mmit.models.rules import TrainGroup, apply_rules
 from mmit.tiling import TilePlan
 
+logger = logging.getLogger("mmit")
+
 
 class VisionLanguageModel(nn.Module):
     """Tower, connector and language model as ``vision_tower``, ``multi_modal_projector`` and ``language_model``.
 
     spec: how pictures become pixels and how many image tokens a tile takes; image_id: the token id that stands where
     an image token will be put. image_newline: (D,), the token that ends a row of a tiled picture, where ``spec`` has
-    one. attention: overrides ``choose_attention``. Raises ConfigError for parts that do not fit.
+    one. ``packing_fault`` says why samples may not share a row; it is empty where they may. Raises ConfigError for
+    parts that do not fit.
     """
 
     def __init__(
@@ -49,7 +49,6 @@ class VisionLanguageModel(nn.Module):
         spec: ImageSpec,
         image_id: int,
         image_newline: nn.Parameter | None = None,
-        attention: str | None = None,
     ) -> None:
         super().__init__()
         assert (image_newline is not None) == spec.has_newline, "the newline token and the tiling belong together"
@@ -59,19 +58,26 @@ class VisionLanguageModel(nn.Module):
         self.language_model = language_model
         self.spec = spec
         self.image_id = image_id
-        self.attention = attention or choose_attention(language_model)
-        self.window = sliding_window(language_model)
-        if language_model.config._attn_implementation != self.attention:
-            language_model.set_attn_implementation(self.attention)
         if language_model.can_generate():
             # A model's own generation settings (a penalty, a temperature) would change what "greedy" means here.
             language_model.generation_config = GenerationConfig()
         self.placement = placement()
         self.placement.place(self)
         self.eval()
+        self.use_attention("auto")
         with runnable(language_model, self.placement):
-            check_isolation(language_model, implementation=self.attention)
             self.head_is_plain = head_is_plain(language_model)
+
+    def use_attention(self, asked: str) -> None:
+        """Run the language model with the attention asked for (``auto`` chooses); outside of training mode only.
+
+        Raises ConfigError where it cannot run here, or lets a token see what follows it.
+        """
+        self.attention = set_attention(self.language_model, asked)
+        self.window = sliding_window(self.language_model)
+        with runnable(self.language_model, self.placement):
+            self.packing_fault = packing_fault(self.language_model, implementation=self.attention)
+        logger.info("attention of %s: %s", type(self.language_model).__name__, self.attention)
 
     def train(self, mode: bool = True) -> VisionLanguageModel:
         """Switch the mode; the tower stays in eval mode always, the connector (its dropout) while it does not train."""
@@ -120,6 +126,8 @@ class VisionLanguageModel(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """The scalar fp32 sum of -log p over the labelled positions of ``batch``; 0 where there is none."""
+        if self.packing_fault:
+            self._refuse_packed_rows(batch)
         embeddings = self.embed(batch)
         labels = batch.labels.view(-1)
         places = (labels != IGNORE).nonzero().view(-1)
@@ -128,9 +136,9 @@ class VisionLanguageModel(nn.Module):
         hidden = self.language_model.base_model(
             inputs_embeds=embeddings,
             position_ids=batch.position_ids,
-            attention_mask=self._mask(batch.position_ids),
             # With a cache, transformers builds a plain causal mask and packed samples see each other.
             use_cache=False,
+            **self._attention(batch.position_ids),
         ).last_hidden_state
         head = cast("nn.Linear", self.language_model.get_output_embeddings())
         return labelled_nll(head, hidden.view(-1, hidden.shape[-1])[places], labels[places], batch.by_source)
@@ -140,8 +148,8 @@ class VisionLanguageModel(nn.Module):
         return self.language_model(
             inputs_embeds=self.embed(batch),
             position_ids=batch.position_ids,
-            attention_mask=self._mask(batch.position_ids),
             use_cache=False,
+            **self._attention(batch.position_ids),
         ).logits
 
     @torch.no_grad()
@@ -216,8 +224,14 @@ class VisionLanguageModel(nn.Module):
             )
         return asked.ids, asked.mask
 
-    def _mask(self, position_ids: Tensor) -> Tensor | None:
-        return attention_mask_for(position_ids, implementation=self.attention, window=self.window)
+    def _attention(self, position_ids: Tensor) -> dict[str, Any]:
+        return attention_arguments(position_ids, implementation=self.attention, window=self.window)
+
+    def _refuse_packed_rows(self, batch: Batch) -> None:
+        """Raise DataError where a trained token stands behind another sample and this model would let it see that."""
+        behind = (batch.position_ids == 0).cumsum(dim=1) > 1
+        if bool((behind & (batch.labels != IGNORE)).any()):
+            raise DataError(f"rows hold several samples, but {self.packing_fault}; pack one sample per row")
 
     def _nll_by_own_forward(self, embeddings: Tensor, batch: Batch) -> Tensor:
         """The loss where logits are more than head times hidden state: the model computes them, at labelled columns."""
@@ -225,8 +239,8 @@ class VisionLanguageModel(nn.Module):
         logits = self.language_model(
             inputs_embeds=embeddings,
             position_ids=batch.position_ids,
-            attention_mask=self._mask(batch.position_ids),
             use_cache=False,
+            **self._attention(batch.position_ids),
             logits_to_keep=columns,
         ).logits  # (B, C, V)
         labels = batch.labels[:, columns].flatten()

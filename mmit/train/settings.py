@@ -17,6 +17,7 @@ HARMLESS = (
     "log",
     "zero",
     "activation_checkpointing",
+    "attention",
     "batch.rows_per_micro_batch",
     "data.workers",
     "data.max_skipped",

@@ -74,6 +74,7 @@ def _train(config: RunConfig, name: str, *, stop: StopRequest, fresh: bool) -> P
     lock = checkpoint.collectively(lambda: _open_folder(folder, fresh=fresh) if rank() == 0 else None, what=folder)
     dtype = resolve_precision(config.precision)
     loaded = _build(config, name, dtype=dtype)
+    _attend(loaded, config.stages[name], name)
     feed = make_feed(config, stage, loaded)
     state = checkpoint.RunState(
         step=0,
@@ -201,6 +202,20 @@ def _build(config: RunConfig, name: str, *, dtype: torch.dtype) -> LoadedModel:
 
         begin_adapter(loaded.model, stage.lora, directory, seed=config.seed)
     return loaded
+
+
+def _attend(loaded: LoadedModel, stage: Stage, name: str) -> None:
+    """Give the language model the attention of the stage, and refuse packing where it would mix samples."""
+    from mmit.train.engine import device
+
+    model = loaded.model
+    if stage.attention != "auto":
+        model.to(device())  # where it is tried, and stays
+        model.use_attention(stage.attention)
+    if stage.batch.packing and model.packing_fault:
+        raise ConfigError(
+            f"stages.{name}.batch.packing: {model.packing_fault}; set it to false, so that every row is one sample"
+        )
 
 
 def _make_engine(stage: Stage, loaded: LoadedModel, *, dtype: torch.dtype) -> Engine:

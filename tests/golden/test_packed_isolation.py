@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 from transformers import (
+    AttentionInterface,
     BloomConfig,
     BloomForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
@@ -22,14 +28,8 @@ from transformers import (
 )
 
 from mmit.errors import ConfigError
-from mmit.models.attention import (
-    PACKED,
-    attention_mask_for,
-    boundaries,
-    check_isolation,
-    choose_attention,
-    sliding_window,
-)
+from mmit.models.attention import FLASH, PACKED, attention_arguments, boundaries
+from mmit.models.attention_choice import choose_attention, packing_fault, set_attention, sliding_window
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -102,8 +102,8 @@ def test_packed_rows_equal_separate_runs(family: str) -> None:
     model.set_attn_implementation(implementation)
     rows = [packed_row(pieces), packed_row(pieces[::-1])]
     ids, positions = (torch.stack(column) for column in zip(*rows, strict=True))
-    mask = attention_mask_for(positions, implementation=implementation, window=sliding_window(model))
-    logits = model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).logits
+    told = attention_arguments(positions, implementation=implementation, window=sliding_window(model))
+    logits = model(input_ids=ids, position_ids=positions, use_cache=False, **told).logits
     assert worst(logits[0], alone) < ROUNDING
     assert worst(logits[1], alone[::-1]) < ROUNDING
 
@@ -137,8 +137,8 @@ def test_gradients_of_a_packed_row_are_the_sum_of_the_separate_ones() -> None:
         model.zero_grad()
         if recompute:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        mask = attention_mask_for(positions, implementation=PACKED, window=None)
-        logits = model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).logits
+        told = attention_arguments(positions, implementation=PACKED, window=None)
+        logits = model(input_ids=ids, position_ids=positions, use_cache=False, **told).logits
         logits.logsumexp(-1).sum().backward()
         for name, parameter in model.named_parameters():
             scale = float(separate[name].abs().max())
@@ -150,24 +150,86 @@ def test_boundaries_name_every_sample_of_every_row() -> None:
     assert boundaries(positions)[0, 0].tolist() == [[0, 0, 3], [0, 3, 5], [1, 0, 1], [1, 1, 5]]
 
 
-def test_a_model_that_mixes_samples_is_refused() -> None:
-    torch.manual_seed(0)
-    bloom = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)).eval()
-    with pytest.raises(ConfigError, match="BloomForCausalLM does not keep the samples of a packed row apart"):
-        check_isolation(bloom, implementation=choose_attention(bloom))
-
-
-def test_layers_that_carry_a_state_are_refused_by_their_type() -> None:
+@torch.no_grad()
+def test_flash_attention_gets_the_cumulative_lengths_of_all_samples_of_all_rows() -> None:
+    positions = torch.tensor([[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]])
+    told = attention_arguments(positions, implementation=FLASH, window=None)
+    assert told["cu_seq_lens_q"].tolist() == told["cu_seq_lens_k"].tolist() == [0, 3, 5, 6, 10]
+    assert told["cu_seq_lens_q"].dtype == torch.int32  # flash-attn takes no other
+    assert (told["max_length_q"], told["max_length_k"], told["attention_mask"]) == (4, 4, None)
+    # through a model: with a stand-in that reads these words as flash-attn does, rows equal separate runs
+    AttentionInterface.register("stand_in", varlen_stand_in)
     model = llama()
-    model.config.layer_types = ["full_attention", "linear_attention"]
-    with pytest.raises(ConfigError, match="layers of type linear_attention, which carry a state"):
-        check_isolation(model, implementation="sdpa")
+    pieces = samples()
+    alone = logits_alone(model, pieces)
+    model.set_attn_implementation("stand_in")
+    rows = [packed_row(pieces), packed_row(pieces[::-1])]
+    ids, positions = (torch.stack(column) for column in zip(*rows, strict=True))
+    told = attention_arguments(positions, implementation=FLASH, window=None)
+    logits = model(input_ids=ids, position_ids=positions, use_cache=False, **told).logits
+    assert worst(logits[0], alone) < ROUNDING
+    assert worst(logits[1], alone[::-1]) < ROUNDING
 
 
-def test_attention_that_looks_at_everything_is_refused() -> None:
+def varlen_stand_in(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **told: Any
+) -> tuple[Tensor, None]:
+    """Attention over a flat row of samples, as flash_attn_varlen_func: (B, H, T, d) to (B, T, H, d)."""
+    assert mask is None
+    flat = [part.transpose(1, 2).flatten(0, 1) for part in (query, key, value)]  # (B * T, H, d)
+    ends = told["cu_seq_lens_q"].tolist()
+    made = []
+    for start, end in pairwise(ends):
+        q, k, v = (part[None, start:end].transpose(1, 2) for part in flat)
+        one = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=told["scaling"], enable_gqa=True)
+        made.append(one[0].transpose(0, 1))
+    return torch.cat(made).unflatten(0, (query.shape[0], query.shape[2])), None
+
+
+def bloom() -> PreTrainedModel:
+    torch.manual_seed(0)
+    return BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)).eval()
+
+
+def mamba() -> PreTrainedModel:
+    torch.manual_seed(0)
+    return MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=8)).eval()
+
+
+@pytest.mark.parametrize(
+    ("make", "fault"),
+    [
+        (bloom, "BloomForCausalLM does not keep the samples of a packed row apart"),
+        (mamba, "MambaForCausalLM has layers of type linear_attention, which carry a state"),
+    ],
+)
+def test_a_model_that_mixes_samples_says_why_they_may_not_share_a_row(
+    make: Callable[[], PreTrainedModel], fault: str
+) -> None:
+    model = make()
+    assert fault in packing_fault(model, implementation=choose_attention(model))
+
+
+def test_a_model_that_sees_what_follows_is_refused() -> None:
     model = llama()
     model.set_attn_implementation("sdpa")
-    check_isolation(model, implementation="sdpa")
+    assert packing_fault(model, implementation="sdpa") == ""
     model.config.is_causal = False
-    with pytest.raises(ConfigError, match="does not keep"):
-        check_isolation(model, implementation="sdpa")
+    with pytest.raises(ConfigError, match="sees what stands behind a token"):
+        packing_fault(model, implementation="sdpa")
+
+
+@pytest.mark.parametrize(
+    ("make", "asked", "reason"),
+    [
+        (llama, FLASH, "it runs on GPUs only and the model is on cpu"),
+        (llama, "flex_attention", "it runs on GPUs only"),
+        (gemma2, "sdpa", "Gemma2ForCausalLM caps its scores, which it would leave out"),
+        (gemma2, PACKED, "Gemma2ForCausalLM caps its scores"),
+        (bloom, PACKED, "BloomForCausalLM does not go through transformers' attention interface"),
+        (bloom, "sdpa", "BloomForCausalLM keeps 'eager'"),
+    ],
+)
+def test_an_attention_that_cannot_run_is_refused(make: Callable[[], PreTrainedModel], asked: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=f"attention: {asked} does not serve here: .*{reason}.*; set it to auto"):
+        set_attention(make(), asked)
