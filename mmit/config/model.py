@@ -34,12 +34,16 @@ class ComposedModel(Section):
 
 
 class WholeModel(Section):
-    """A model that exists: written by mmit, or a LLaVA directory in the layout of transformers."""
+    """A model that exists, in any of the formats of docs/checkpoints.md."""
 
     path: str
     """The model directory, or a run's stage folder."""
     template: str = "own"
     """Chat template: ``own`` (the one the directory carries), a ``.jinja`` file, or a built-in name."""
+    base: str | None = None
+    """Language model (directory or hub name) that a projector or LoRA of LLaVA's original code was trained on."""
+    tower: str | None = None
+    """Vision tower (directory or hub name) in the place of the one that such a checkpoint names."""
 
 
 Model = Annotated[

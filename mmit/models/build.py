@@ -27,7 +27,7 @@ def build_model(
     Raises ConfigError or CheckpointError for parts that are missing or do not fit.
     """
     if isinstance(section, WholeModel):
-        return load_model(section.path, dtype=dtype, template=section.template, adapter=adapter)
+        return load_model(section, dtype=dtype, adapter=adapter)
     return _compose(section, dtype=dtype, seed=seed)
 
 
@@ -58,6 +58,7 @@ def _compose(section: ComposedModel, *, dtype: torch.dtype, seed: int) -> Loaded
             language_model=language_model,
             spec=spec,
             image_id=prepared.image_id,
+            tokens=len(prepared.tokenizer),
             image_newline=fresh_newline(width, seed=seed, dtype=dtype) if spec.has_newline else None,
         ),
         tokenizer=prepared.tokenizer,

@@ -18,12 +18,16 @@ COLDEST = 1e-5
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How ids are chosen. temperature 0 (or below COLDEST) is greedy; ``stop_ids`` end an answer and are not in it."""
+    """How ids are chosen. temperature 0 (or below COLDEST) is greedy; ``stop_ids`` end an answer and are not in it.
+
+    never: ids that are not chosen.
+    """
 
     max_new_tokens: int
     temperature: float
     top_p: float
     stop_ids: tuple[int, ...]
+    never: tuple[int, ...] = ()
 
 
 def answers(
@@ -51,6 +55,7 @@ def answers(
         do_sample=sampling.temperature > COLDEST,
         eos_token_id=stop or None,
         pad_token_id=stop[0] if stop else 0,
+        suppress_tokens=list(sampling.never) or None,
     )
     if sampling.temperature > COLDEST:
         config.temperature, config.top_p, config.top_k = sampling.temperature, sampling.top_p, 0

@@ -74,16 +74,22 @@ class _ChunkedNll(torch.autograd.Function):
         return (*scaled, None, None, None)
 
 
-def labelled_nll(head: nn.Linear, hidden: Tensor, labels: Tensor, by_source: BySource | None = None) -> Tensor:
+def labelled_nll(
+    head: nn.Linear, hidden: Tensor, labels: Tensor, by_source: BySource | None = None, *, vocabulary: int | None = None
+) -> Tensor:
     """The fp32 sum of -log p of ``labels`` (S,) given the last hidden states (S, D); 0 with gradients 0 for S = 0.
 
+    vocabulary: ids below it share the probability; None for all rows of the head.
     by_source: gets the sums of each source too. No further computation is needed for them.
     The head's forward is replaced for the length of one call: its weight may only be used inside it (ZeRO-3).
     """
     with_grad = torch.is_grad_enabled()
 
     def loss_instead_of_logits(states: Tensor) -> Tensor:
-        return _ChunkedNll.apply(states, head.weight, head.bias, labels, with_grad, by_source)
+        weight, bias = head.weight, head.bias
+        if vocabulary is not None:
+            weight, bias = weight[:vocabulary], None if bias is None else bias[:vocabulary]
+        return _ChunkedNll.apply(states, weight, bias, labels, with_grad, by_source)
 
     head.__dict__["forward"] = loss_instead_of_logits
     try:

@@ -8,10 +8,11 @@ from typing import Literal
 import torch
 from pydantic import TypeAdapter
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
 from mmit.config import Connector as ConnectorSection
+from mmit.config import WholeModel
 from mmit.errors import CheckpointError
 from mmit.models.adapter_names import base_directory, holds_adapter
 from mmit.models.connectors import Connector, build_connector, instruction_reader
@@ -19,7 +20,7 @@ from mmit.models.encoders import LayeredTower, VisionEncoder
 from mmit.models.formats import Contents, Format, detect, read_contents
 from mmit.models.formats.contents import Json
 from mmit.models.hub_files import feature_layer, select_strategy
-from mmit.models.language_models import frame_language_model, token_table
+from mmit.models.language_models import frame_language_model, grow_embeddings, token_table
 from mmit.models.loaded import LoadedModel
 from mmit.models.placement import placed
 from mmit.models.vlm import VisionLanguageModel
@@ -34,17 +35,14 @@ Adapter = Literal["merge", "keep", "drop"]
 """What becomes of the adapter of a directory: added to the weights, put beside them, or not read."""
 
 
-def load_model(
-    path: Path | str, *, dtype: torch.dtype, template: str = "own", adapter: Adapter = "merge"
-) -> LoadedModel:
+def load_model(model: WholeModel | Path | str, *, dtype: torch.dtype, adapter: Adapter = "merge") -> LoadedModel:
     """The model in a directory (or in a stage's folder), in eval mode on the CPU.
 
-    template: ``own`` for the one the directory carries, else as in ``ChatTemplate.load``. Raises CheckpointError that
-    names the file, or lists the tensors, that do not fit.
+    model: the directory, or a run file's section with its base, tower and template. Raises CheckpointError that names
+    the file, or lists the tensors, that do not fit.
     """
-    directory = find_model_directory(path)
-    contents = read_contents(directory)
-    form = detect(contents)
+    section = model if isinstance(model, WholeModel) else WholeModel(path=str(model))
+    contents, form = open_section(section)
     prepared = form.tokenizer(contents)
     frame, encoder, connector = _frame(contents, form, dtype=dtype)
     tower = frame.get_submodule("vision_tower")
@@ -54,7 +52,7 @@ def load_model(
     language_model = frame.get_submodule("language_model")
     assert isinstance(language_model, PreTrainedModel)
     rows = token_table(language_model).num_embeddings
-    if len(prepared.tokenizer) > rows:
+    if len(prepared.tokenizer) > rows and not form.adds_tokens:
         raise CheckpointError(
             f"{contents.directory}: the tokenizer (with <image> and padding) has {len(prepared.tokenizer)} tokens, "
             f"the model {rows} embeddings; they do not belong together"
@@ -66,19 +64,26 @@ def load_model(
         frame.image_newline = newline
     with form.tensors(contents, tower) as stored:
         read_into(frame, stored)
-    model = VisionLanguageModel(
+    vocabulary = contents.own.get("vocabulary")
+    if len(prepared.tokenizer) > rows:
+        grow_embeddings(language_model, len(prepared.tokenizer))
+        vocabulary = rows  # the rows for <image> and padding are no words that the model was trained not to say
+    template = chosen_template(section, contents, form, prepared.tokenizer)
+    made = VisionLanguageModel(
         vision_tower=tower,
         connector=projector,
         language_model=language_model,
         spec=spec,
         image_id=prepared.image_id,
         image_newline=newline,
+        vocabulary=vocabulary,
+        tokens=len(prepared.tokenizer),
     )
-    _take_adapter(model, directory, adapter)
+    _take_adapter(made, find_model_directory(section.path), adapter)
     return LoadedModel(
-        model=model,
+        model=made,
         tokenizer=prepared.tokenizer,
-        template=ChatTemplate.load(template, prepared.tokenizer),
+        template=template,
         image_id=prepared.image_id,
         pad_id=prepared.pad_id,
         style=form.style(contents),
@@ -112,6 +117,21 @@ def load_weights(model: VisionLanguageModel, path: Path | str, *, adapter: Adapt
     with placed(model.placement), form.tensors(contents, tower) as stored:
         read_into(model, stored)
     _take_adapter(model, directory, adapter)
+
+
+def open_section(section: WholeModel) -> tuple[Contents, Format]:
+    """The contents of the directory that a run file names, and its format."""
+    directory = find_model_directory(section.path)
+    contents = read_contents(directory, base=section.base or "", tower=section.tower or "")
+    return contents, detect(contents)
+
+
+def chosen_template(
+    section: WholeModel, contents: Contents, form: Format, tokenizer: PreTrainedTokenizerBase
+) -> ChatTemplate:
+    """The chat template that a run file names, or the directory's own."""
+    name = section.template if section.template != "own" else form.template(contents, tokenizer)
+    return ChatTemplate.load(name, tokenizer)
 
 
 def find_model_directory(path: Path | str) -> Path:

@@ -21,8 +21,7 @@ from mmit.instructions import InstructionReader
 from mmit.models.build import image_spec
 from mmit.models.connectors import Connector, build_connector, instruction_reader
 from mmit.models.encoders import VisionEncoder, build_encoder
-from mmit.models.formats import detect, read_contents
-from mmit.models.load import find_model_directory
+from mmit.models.load import chosen_template, open_section
 from mmit.templates import ChatTemplate
 from mmit.tokenizer import load_tokenizer, prepare_tokenizer
 
@@ -70,8 +69,7 @@ def _of_parts(section: ComposedModel) -> Outline:
 
 
 def _of_directory(section: WholeModel) -> Outline:
-    contents = read_contents(find_model_directory(section.path))
-    form = detect(contents)
+    contents, form = open_section(section)
     prepared = form.tokenizer(contents)
     with no_init_weights():
         tower, _ = form.tower(contents, torch.float32)
@@ -82,7 +80,7 @@ def _of_directory(section: WholeModel) -> Outline:
     connector = _connector(described, tower, text_config.hidden_size)
     return Outline(
         tokenizer=prepared.tokenizer,
-        template=ChatTemplate.load(section.template, prepared.tokenizer),
+        template=chosen_template(section, contents, form, prepared.tokenizer),
         spec=form.spec(contents, tower.image, connector.tokens(tower.patches)),
         image_id=prepared.image_id,
         pad_id=prepared.pad_id,

@@ -144,6 +144,7 @@ def _own_description(loaded: LoadedModel, template: ChatTemplate, made_from: Map
         "template": template.name,
         "text_style": loaded.style,
         "images": loaded.model.spec.to_dict(),
+        **({} if loaded.model.vocabulary is None else {"vocabulary": loaded.model.vocabulary}),
         "encoder": dict(loaded.encoder),
         **_towers(loaded),
         "connector": connector_inside(loaded.connector),

@@ -23,6 +23,7 @@ from mmit.models.attention import attention_arguments
 from mmit.models.attention_choice import packing_fault, set_attention, sliding_window
 from mmit.models.connectors import idle_parameters, reads_instruction
 from mmit.models.head import head_is_plain, labelled_nll
+from mmit.models.language_models import token_table
 from mmit.models.mosaic import lay_out
 from mmit.models.placement import placement, runnable
 from mmit.models.rules import TrainGroup, apply_rules
@@ -36,8 +37,9 @@ class VisionLanguageModel(nn.Module):
 
     spec: how pictures become pixels and how many image tokens a tile takes; image_id: the token id that stands where
     an image token will be put. image_newline: (D,), the token that ends a row of a tiled picture, where ``spec`` has
-    one. ``packing_fault`` says why samples may not share a row; it is empty where they may. Raises ConfigError for
-    parts that do not fit.
+    one. vocabulary: ids below it share the probability in the loss; None: all that have a row. tokens: ids below it
+    have a text and can be answered; token tables are often longer. ``packing_fault`` says why samples may not share a
+    row; it is empty where they may. Raises ConfigError for parts that do not fit.
     """
 
     def __init__(
@@ -49,6 +51,8 @@ class VisionLanguageModel(nn.Module):
         spec: ImageSpec,
         image_id: int,
         image_newline: nn.Parameter | None = None,
+        vocabulary: int | None = None,
+        tokens: int | None = None,
     ) -> None:
         super().__init__()
         assert (image_newline is not None) == spec.has_newline, "the newline token and the tiling belong together"
@@ -58,6 +62,8 @@ class VisionLanguageModel(nn.Module):
         self.language_model = language_model
         self.spec = spec
         self.image_id = image_id
+        self.vocabulary = vocabulary
+        self.tokens = tokens
         if language_model.can_generate():
             # A model's own generation settings (a penalty, a temperature) would change what "greedy" means here.
             language_model.generation_config = GenerationConfig()
@@ -141,7 +147,8 @@ class VisionLanguageModel(nn.Module):
             **self._attention(batch.position_ids),
         ).last_hidden_state
         head = cast("nn.Linear", self.language_model.get_output_embeddings())
-        return labelled_nll(head, hidden.view(-1, hidden.shape[-1])[places], labels[places], batch.by_source)
+        states = hidden.view(-1, hidden.shape[-1])[places]
+        return labelled_nll(head, states, labels[places], batch.by_source, vocabulary=self.vocabulary)
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits (B, T, V) at every position, by the language model's own forward."""
@@ -168,7 +175,11 @@ class VisionLanguageModel(nn.Module):
         temperature 0 is greedy. ``on_token`` is called with each id of the answer as soon as it is known.
         """
         sampling = generation.Sampling(
-            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, stop_ids=tuple(stop_ids)
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            stop_ids=tuple(stop_ids),
+            never=self._never(),
         )
         return generation.answers(self.language_model, [self._embed_alone(prompt)], sampling, on_token=on_token)[0]
 
@@ -182,7 +193,7 @@ class VisionLanguageModel(nn.Module):
     ) -> list[list[int]]:
         """Greedy answers to several prompts; the same as ``generate`` gives."""
         sampling = generation.Sampling(
-            max_new_tokens=max_new_tokens, temperature=0.0, top_p=1.0, stop_ids=tuple(stop_ids)
+            max_new_tokens=max_new_tokens, temperature=0.0, top_p=1.0, stop_ids=tuple(stop_ids), never=self._never()
         )
         embeddings = [self._embed_alone(prompt) for prompt in prompts]
         return generation.answers(self.language_model, embeddings, sampling)
@@ -233,6 +244,12 @@ class VisionLanguageModel(nn.Module):
         if bool((behind & (batch.labels != IGNORE)).any()):
             raise DataError(f"rows hold several samples, but {self.packing_fault}; pack one sample per row")
 
+    def _never(self) -> tuple[int, ...]:
+        """Ids with a row that no answer holds."""
+        rows = token_table(self.language_model).num_embeddings
+        first = min(limit for limit in (self.vocabulary, self.tokens, rows) if limit is not None)
+        return tuple(range(first, rows))
+
     def _nll_by_own_forward(self, embeddings: Tensor, batch: Batch) -> Tensor:
         """The loss where logits are more than head times hidden state: the model computes them, at labelled columns."""
         columns = (batch.labels != IGNORE).any(dim=0).nonzero().view(-1)
@@ -242,7 +259,7 @@ class VisionLanguageModel(nn.Module):
             use_cache=False,
             **self._attention(batch.position_ids),
             logits_to_keep=columns,
-        ).logits  # (B, C, V)
+        ).logits[..., : self.vocabulary]  # (B, C, V)
         labels = batch.labels[:, columns].flatten()
         nll = functional.cross_entropy(logits.float().flatten(0, 1), labels, ignore_index=IGNORE, reduction="none")
         if batch.by_source is not None:

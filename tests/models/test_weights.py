@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -138,19 +139,63 @@ def test_the_three_layouts_of_transformers_are_read(directory: Path, tmp_path: P
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_pickled_weights_are_not_opened(directory: Path) -> None:
-    torch.save({}, directory / "pytorch_model.bin")
+def test_pickled_weights_give_the_same_model(directory: Path) -> None:
+    expected = load_model(directory, dtype=torch.float32).model.state_dict()
+    torch.save(load_file(directory / "model.safetensors"), directory / "pytorch_model.bin")
     (directory / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is a pickle, which is not read"):
+    found = load_model(directory, dtype=torch.float32).model.state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+class _Malice:
+    """What an attacker puts in a pickle: a call that is made while it is opened."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, (f"touch {self.file}",)
+
+
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_a_pickle_with_code_in_it_is_refused_and_the_code_is_not_run(
+    directory: Path, tmp_path: Path, as_zip: bool
+) -> None:
+    proof = tmp_path / "the-code-ran"
+    content = {"language_model.lm_head.weight": _Malice(proof)}
+    torch.save(content, directory / "pytorch_model.bin", _use_new_zipfile_serialization=as_zip)
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"pytorch_model\.bin is a pickle that asks for more .*system.*may carry code"
+    ):
+        load_model(directory, dtype=torch.float32)
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"no pickle at all", "is damaged or incomplete|is a pickle that asks for more"),
+        ([1, 2], "holds a list, not tensors by their names"),
+        ({"epoch": 3, "state_dict": {}}, r"holds more than tensors by their names \(epoch, state_dict\)"),
+    ],
+)
+def test_a_pickle_that_holds_no_weights_is_named(directory: Path, content: object, message: str) -> None:
+    file = directory / "pytorch_model.bin"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        torch.save(content, file)
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=message):
         load_model(directory, dtype=torch.float32)
 
 
 @pytest.mark.parametrize(
     ("change_config", "message"),
     [
-        ({"mm_vision_tower": "openai/clip"}, "layout of LLaVA's original code"),
-        ({"model_type": "llava_next"}, "a model of type 'llava_next'"),
-        ({"vision_feature_layer": [-2, -1]}, "one layer can be read, not several"),
+        ({"model_type": "idefics3"}, "a model of type 'idefics3'"),
+        ({"vision_feature_layer": [-2, -1]}, r"of another shape: multi_modal_projector\.linear_1\.weight"),
         ({"image_token_index": 5}, "config.json has image token 5, but the tokenizer's <image> is"),
     ],
 )

@@ -8,17 +8,21 @@ the table.
 
 from __future__ import annotations
 
-from mmit.errors import CheckpointError
+from mmit.errors import CheckpointError, ConfigError
 from mmit.models.formats.contents import Contents, read_contents, read_json
 from mmit.models.formats.form import Format, Writer
 from mmit.models.formats.llava import LLAVA
 from mmit.models.formats.llava_next import LLAVA_NEXT, LLAVA_ONEVISION
+from mmit.models.formats.original import ORIGINAL
 from mmit.models.formats.own import OWN
 from mmit.models.loaded import FORMAT
 from mmit.models.vlm import VisionLanguageModel
 
-FORMATS: tuple[Format, ...] = (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, OWN)
-"""All formats, in the order in which they are asked; for writing, the first one that can hold the model is taken."""
+FORMATS: tuple[Format, ...] = (ORIGINAL, LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, OWN)
+"""All formats, in the order in which they are asked; for writing, the first one that can hold the model is taken.
+
+The original code's comes first: its directories may call themselves ``llava`` too, and would else be taken for a model
+of transformers with a default language model of 7 B."""
 
 __all__ = ["FORMATS", "Contents", "Format", "Writer", "choose_writer", "detect", "read_contents", "read_json"]
 
@@ -26,17 +30,14 @@ __all__ = ["FORMATS", "Contents", "Format", "Writer", "choose_writer", "detect",
 def detect(contents: Contents) -> Format:
     """The format of a model directory. Raises CheckpointError for one that is unknown or cannot be read."""
     directory, config = contents.directory, contents.config
-    if "mm_vision_tower" in config:
-        raise CheckpointError(
-            f"{directory} has the layout of LLaVA's original code (mm_vision_tower in config.json), which cannot be "
-            "read; models in the layout of transformers (model_type llava, safetensors) can"
-        )
     if int(contents.own.get("format", 0)) > FORMAT:
         raise CheckpointError(
             f"{directory}/mmit.json has format {contents.own['format']}, newer than {FORMAT}: update mmit"
         )
     for form in FORMATS:
         if form.recognises(contents):
+            if (contents.base or contents.tower) and not form.names_parts:
+                raise ConfigError(f"{directory} is whole ({form.title}); leave out base and tower")
             form.check(contents)
             return form
     titles = "; ".join(form.title for form in FORMATS)

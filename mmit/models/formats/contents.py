@@ -16,11 +16,17 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """A model directory: ``config.json``, and ``mmit.json`` (empty in a directory that mmit did not write)."""
+    """A model directory: ``config.json``, and ``mmit.json`` (empty in a directory that mmit did not write).
+
+    base, tower: where the language model and the vision tower lie that the directory only names; empty where nobody
+    said so.
+    """
 
     directory: Path
     config: Json
     own: Json
+    base: str = ""
+    tower: str = ""
 
     def image_processor(self) -> Mapping[str, Any]:
         """Settings of the image processor: its own file (transformers 4), or part of ``processor_config.json`` (5)."""
@@ -49,8 +55,8 @@ class Contents:
         return found
 
 
-def read_contents(directory: Path) -> Contents:
-    """The contents of a model directory; where it holds an adapter, of the model that the adapter stands beside.
+def read_contents(directory: Path, *, base: str = "", tower: str = "") -> Contents:
+    """The contents of a model directory (see ``Contents``); where it holds an adapter, of what the adapter is beside.
 
     Raises CheckpointError for a file that is missing or damaged.
     """
@@ -60,6 +66,8 @@ def read_contents(directory: Path) -> Contents:
         directory=directory,
         config=read_json(directory / "config.json"),
         own=read_json(own) if own.is_file() else {},
+        base=base,
+        tower=tower,
     )
 
 

@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from mmit.images import ImageSpec
 from mmit.models.encoders import ImageInput
@@ -40,6 +41,11 @@ class Writer:
     module_name: Callable[[str], str] = str
 
 
+def the_own_template(_: Contents, __: PreTrainedTokenizerBase) -> str:
+    """The directory's tokenizer carries the template."""
+    return "own"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Format:
     """One layout of model directories. All functions raise CheckpointError that names the file.
@@ -48,7 +54,10 @@ class Format:
     check: refuses what is recognised but cannot be read. tower: the encoder with unset weights, and the run-file
     section that describes it. connector: the section that describes it. tokenizer: with ``<image>`` and padding, whose
     image id is the model's. spec: from what the tower takes and the image tokens of a tile. style: how text around
-    images is tokenized. tensors: the weights by the names of ``layout.disk_names``, for this tower.
+    images is tokenized. tensors: the weights by the names of ``layout.disk_names``, for this tower. template: what
+    ``own`` means for this directory. names_parts: it may name its language model or tower instead of holding it, so
+    that ``base`` and ``tower`` of a run file have a meaning. adds_tokens: its tokenizer knows neither ``<image>`` nor
+    padding, so that the token table may have to grow.
     """
 
     name: str
@@ -62,8 +71,7 @@ class Format:
     spec: Callable[[Contents, ImageInput, int], ImageSpec]
     style: Callable[[Contents], Literal["hf", "llava"]]
     tensors: Callable[[Contents, nn.Module], StoredTensors]
+    template: Callable[[Contents, PreTrainedTokenizerBase], str] = the_own_template
+    names_parts: bool = False
+    adds_tokens: bool = False
     write: Writer | None = None
-
-
-def no_further_check(_: Contents) -> None:
-    """For formats whose recognition leaves nothing to refuse."""
