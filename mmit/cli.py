@@ -104,6 +104,19 @@ def config_schema() -> None:
 
 
 @app.command()
+def merge(
+    directory: ModelDirectory,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.")],
+) -> None:
+    """Add an adapter (LoRA) to the weights it was trained beside: a plain model with the same answers."""
+    from mmit.distributed import set_up_logging
+    from mmit.models import merge_directory
+
+    set_up_logging()
+    typer.echo(f"merged into {merge_directory(directory, out)}")
+
+
+@app.command()
 def chat(
     directory: ModelDirectory,
     image: Annotated[list[Path] | None, typer.Option(help="A picture; may be repeated.")] = None,

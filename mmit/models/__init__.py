@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mmit.models.build import build_model
     from mmit.models.load import find_model_directory, load_model, load_weights
     from mmit.models.loaded import LoadedModel
+    from mmit.models.merge import merge_directory
     from mmit.models.outline import Outline, read_outline
     from mmit.models.rules import TrainGroup
     from mmit.models.save import save_model
@@ -28,6 +29,7 @@ _WHERE = {
     "outline": ("Outline", "read_outline"),
     "load": ("find_model_directory", "load_model", "load_weights"),
     "loaded": ("LoadedModel",),
+    "merge": ("merge_directory",),
     "rules": ("TrainGroup",),
     "save": ("save_model",),
     "vlm": ("VisionLanguageModel",),
@@ -45,6 +47,7 @@ __all__ = [
     "holds_adapter",
     "load_model",
     "load_weights",
+    "merge_directory",
     "partner",
     "read_outline",
     "save_model",
