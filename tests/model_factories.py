@@ -9,9 +9,13 @@ from typing import Any, Literal
 import torch
 from factories import tiny_llama_tokenizer, tiny_qwen_tokenizer
 from transformers import (
+    AutoModel,
     CLIPImageProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
+    DINOv3ViTConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -115,6 +119,24 @@ def tiny_siglip_dir(directory: Path | str) -> Path:
     SiglipImageProcessor(
         size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3
     ).save_pretrained(directory)
+    return directory
+
+
+def tiny_dino_dir(directory: Path | str, kind: Literal["dinov2", "dinov2_with_registers", "dinov3_vit"]) -> Path:
+    """A DINOv2 or DINOv3 tower of 3 layers for images of 28 pixels: 4 patches, a class token, perhaps 2 registers."""
+    directory = Path(directory)
+    common: dict[str, Any] = {
+        **{"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3},
+        **{"image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE},
+    }
+    configs = {
+        "dinov2": lambda: Dinov2Config(**common, mlp_ratio=2, layerscale_value=0.7),
+        "dinov2_with_registers": lambda: Dinov2WithRegistersConfig(**common, mlp_ratio=2, num_register_tokens=2),
+        "dinov3_vit": lambda: DINOv3ViTConfig(**common, intermediate_size=48, num_register_tokens=2),
+    }
+    _save(AutoModel.from_config(configs[kind]()), directory)
+    statistics = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4]}
+    (directory / "preprocessor_config.json").write_text(json.dumps(statistics))
     return directory
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from mmit.errors import ConfigError
 from mmit.models.adapter_names import is_adapter, plain_name
+from mmit.models.layer_ranges import names_in_range, parse_range
 
 PARTS = {
     "connector": ("multi_modal_projector.", "image_newline"),
@@ -43,7 +44,7 @@ def apply_rules(
     winner: dict[str, str] = {}
     matched: dict[str, list[str]] = {}
     for pattern in rules:
-        matched[pattern] = _matches(pattern, names)
+        matched[pattern] = _matches(model, pattern, names)
         if not matched[pattern]:
             parts = ", ".join((*PARTS, LORA))
             raise ConfigError(f"train: the rule '{pattern}' matches no parameter (part names are {parts})")
@@ -67,11 +68,13 @@ def apply_rules(
     return [group for group in groups if group.names]
 
 
-def _matches(pattern: str, names: list[str]) -> list[str]:
+def _matches(model: nn.Module, pattern: str, names: list[str]) -> list[str]:
     if pattern == LORA:
         return [name for name in names if is_adapter(name)]
     wants_adapter = "lora_" in pattern
     names = [name for name in names if is_adapter(name) == wants_adapter]
+    if layers := parse_range(pattern):
+        return names_in_range(model, pattern, layers, names)
     if pattern in PARTS:
         return [name for name in names if name.startswith(PARTS[pattern])]
     return [name for name in names if re.search(pattern, plain_name(name))]

@@ -17,7 +17,7 @@ from mmit.images import ImageSpec
 from mmit.models import hub_files
 from mmit.models.adapter_names import transformers_name
 from mmit.models.connectors import MlpProjector
-from mmit.models.encoders import Cls, ImageInput, build_encoder, frame_towers, layer_of, tower_from_config
+from mmit.models.encoders import Cls, ImageInput, build_encoder, encoders_of, frame_towers, layer_of, tower_from_config
 from mmit.models.formats.contents import Contents, Json, read_json
 from mmit.models.formats.form import Format, Writer
 from mmit.models.formats.parts import section_of
@@ -128,10 +128,8 @@ def why_not_parts(model: VisionLanguageModel) -> str | None:
     """Why no LLaVA class of transformers has the parts of this model, or None where they have."""
     projector, language_model = model.multi_modal_projector, model.language_model
     head = language_model.get_output_embeddings()
-    if (form := hub_form(model.vision_tower)) is None:
-        return f"transformers has no class for the encoder {type(model.vision_tower).__name__}"
-    if form.why_not_llava is not None:
-        return form.why_not_llava
+    if (reason := _why_not_tower(model.vision_tower)) is not None:
+        return reason
     if not isinstance(projector, MlpProjector) or projector.depth != 2:
         depth = f" of {projector.depth} layers" if isinstance(projector, MlpProjector) else ""
         return f"its projector has exactly two linear layers, this connector is {type(projector).__name__}{depth}"
@@ -140,6 +138,13 @@ def why_not_parts(model: VisionLanguageModel) -> str | None:
     if language_model.base_model_prefix != "model":
         return f"the tensors of {type(language_model).__name__} are not named model.* and lm_head.*"
     return None
+
+
+def _why_not_tower(made: nn.Module) -> str | None:
+    if (encoders := len(encoders_of(made))) > 1:
+        return f"its LLaVA classes have one encoder, this model has {encoders}"
+    form = hub_form(made)
+    return f"transformers has no class for the encoder {type(made).__name__}" if form is None else form.why_not_llava
 
 
 def config(loaded: LoadedModel, dtype: torch.dtype) -> Json:
