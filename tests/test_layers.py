@@ -43,6 +43,7 @@ DOORS = {
     "fastapi": {"chat"},
     "uvicorn": {"chat"},
     "peft": {"models"},
+    "bitsandbytes": {"models"},
 }
 
 # evaluation and chat generate with the same code, and the demo tells the whole story

@@ -90,6 +90,9 @@ class Lora(Section):
     """Also train the length of each row of an adapted weight (DoRA, arXiv 2402.09353)."""
     rslora: bool = False
     """Multiply by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732)."""
+    quantize: Literal["none", "nf4"] = "none"
+    """``nf4`` keeps the linear layers of the language model in four bits while training (QLoRA, arXiv 2305.14314; needs
+    the extra ``qlora``)."""
 
     @field_validator("targets")
     @classmethod
@@ -139,6 +142,11 @@ class Stage(Section):
             raise ValueError("lora: needs a learning rate above 0, as in train: {lora: 2e-4}")
         if self.lora is None and "lora" in self.train:
             raise ValueError("train: the rule 'lora' needs the section 'lora' of the stage")
+        if self.lora is not None and self.lora.quantize == "nf4":
+            if self.zero.stage == 3:
+                raise ValueError("lora.quantize: nf4 cannot be partitioned by zero.stage 3; take 0, 1 or 2")
+            if self.train.get("language_model"):
+                raise ValueError("lora.quantize: weights in four bits cannot be trained by the rule 'language_model'")
         return self
 
 

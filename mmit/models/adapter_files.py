@@ -29,6 +29,7 @@ from mmit.errors import CheckpointError
 from mmit.models.adapter_names import BASE, CONFIG, WEIGHTS, holds_adapter, is_adapter, split_adapter_name
 from mmit.models.adapters import AdapterShape, adapted_layers, add_adapter, merge_adapter, shape_of
 from mmit.models.formats import FORMATS, choose_writer, read_json
+from mmit.models.four_bits import pack, round_weights
 from mmit.models.vlm import VisionLanguageModel
 
 logger = logging.getLogger("mmit")
@@ -104,19 +105,26 @@ def begin_adapter(model: VisionLanguageModel, lora: Lora | None, directory: Path
     """Give a model, loaded without its adapter, the one that a stage trains.
 
     directory: where the model came from. An adapter there goes on where the stage asks for the same one; else it is
-    merged into the weights, and the stage starts a fresh one, or none.
+    merged into the weights, and the stage starts a fresh one, or none. Raises ConfigError or CheckpointError.
     """
     wanted = None if lora is None else shape_of(model, lora)
-    if directory is not None and holds_adapter(directory):
-        if lora is not None and wanted == stored_shape(model, directory):
-            read_adapter(model, directory, dropout=lora.dropout)
-            logger.info("the adapter of %s goes on", directory)
-            return
-        read_adapter(model, directory)
+    stored = directory if directory is not None and holds_adapter(directory) else None
+    goes_on = stored is not None and wanted == stored_shape(model, stored)
+    if stored is not None and not goes_on:
+        read_adapter(model, stored)
         merge_adapter(model)
-        logger.info("the adapter of %s is merged into the weights: this stage asks for another one", directory)
-    if lora is not None and wanted is not None:
+        logger.info("the adapter of %s is merged into the weights: this stage asks for another one", stored)
+    if lora is None or wanted is None:
+        return
+    if lora.quantize == "nf4":
+        round_weights(model.language_model)  # before the adapter, which may start from the lengths of their rows
+    if stored is not None and goes_on:
+        read_adapter(model, stored, dropout=lora.dropout)
+        logger.info("the adapter of %s goes on", stored)
+    else:
         add_adapter(model, wanted, dropout=lora.dropout, seed=seed)
+    if lora.quantize == "nf4":
+        pack(model.language_model)
 
 
 def stored_shape(model: VisionLanguageModel, directory: Path) -> AdapterShape:

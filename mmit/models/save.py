@@ -28,6 +28,7 @@ from mmit.models.encoders import describe_towers
 from mmit.models.formats import choose_writer
 from mmit.models.formats.own import OWN
 from mmit.models.formats.parts import INSTRUCTION_TOKENIZER, connector_inside
+from mmit.models.four_bits import unpacked
 from mmit.models.layout import hub_form, tensors_of, to_disk
 from mmit.models.loaded import FORMAT, LoadedModel
 from mmit.models.stored import INDEX
@@ -86,6 +87,7 @@ def _write(
     if state is not None:
         gathered = {plain_name(name): tensor for name, tensor in state.items()}
         tensors = {name: gathered[name] for name in tensors}
+    tensors |= unpacked(model)
     dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
     form, writer, reasons = choose_writer(model)
     stored = to_disk(model.vision_tower, {name: t.detach().cpu() for name, t in tensors.items()})
