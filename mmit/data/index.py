@@ -11,6 +11,7 @@ import io
 import os
 import zlib
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,7 @@ def split_name(name: str) -> tuple[str, str] | None:
     return name[:dot], name[dot + 1 :].lower()
 
 
+@lru_cache(maxsize=1024)
 def image_number(extension: str) -> int | None:
     """Which image of its sample a member is (``1.jpg`` is 1, ``jpg`` is 0), or None where it is none."""
     number, _, kind = extension.rpartition(".")

@@ -26,7 +26,7 @@ from mmit.data.remote import is_remote, read_small
 from mmit.data.shard_cache import RemoteShards, ShardCache
 from mmit.data.shard_files import ShardFiles
 from mmit.data.shards import MANIFEST, Manifest
-from mmit.data.tar_scan import BLOCK, Member, Read, TarError, members
+from mmit.data.tar_scan import BLOCK, Member, Read, TarError, members, plain_members
 from mmit.errors import DataError
 
 CACHE = Path("~/.cache/mmit")
@@ -154,7 +154,7 @@ class ShardSet:
         digests = []
         for number, tar in enumerate(self.tars):
             rows = self._index(number, tar)
-            self._rows.append(rows)
+            self._rows.append(np.asarray(rows))  # still mapped; a memmap object takes longer to give out a row
             digests.append(self.manifest.shards[number].sha256 if self.manifest else f"{tar.name} {digest(rows)}")
         self._files = ShardFiles(self.tars, self.remote, self.manifest.shards if self.manifest else ())
         self._starts = np.cumsum([0] + [len(rows) for rows in self._rows]).tolist()
@@ -228,15 +228,17 @@ class ShardSet:
         Raises SampleError for a broken sample, StorageError for a shard that cannot be read or was replaced.
         """
         shard, row = self._locate(number)
-        offset, count, check, _ = self._rows[shard][row].tolist()
+        offset, count, check, _ = self._rows[shard].item(row)
         span = self._files.read(shard, count, offset)
         self._check(span[:BLOCK], check, shard)
 
         def read(at: int, size: int) -> bytes:
             return span[at - offset : at - offset + size]
 
-        key, text, images = self._members(shard, offset, offset + count, read)
-        pictures = tuple(read(member.data, member.size) for _, member in sorted(images))
+        found = plain_members(span, offset) or self._members(shard, offset, offset + count, read)
+        key, text, images = _by_kind(found)
+        images.sort()
+        pictures = tuple([read(member.data, member.size) for _, member in images])
         texts = {kind: read(member.data, member.size) for kind, member in text.items()}
         return stored.whole(texts, pictures, key=key, source=self.name)
 
@@ -246,13 +248,13 @@ class ShardSet:
         Raises as ``read`` does.
         """
         shard, row = self._locate(number)
-        offset, count, check, _ = self._rows[shard][row].tolist()
+        offset, count, check, _ = self._rows[shard].item(row)
 
         def read(at: int, size: int) -> bytes:
             return self._files.read(shard, size, at)
 
         self._check(read(offset, BLOCK), check, shard)
-        key, text, images = self._members(shard, offset, offset + count, read)
+        key, text, images = _by_kind(self._members(shard, offset, offset + count, read))
         texts = {kind: read(member.data, member.size) for kind, member in text.items()}
         found = stored.without_images(texts, image_count=len(images), key=key, source=self.name)
         return self.read(number) if found is None else found
@@ -263,25 +265,27 @@ class ShardSet:
         shard = bisect_right(self._starts, number) - 1
         return shard, number - self._starts[shard]
 
-    def _members(
-        self, shard: int, start: int, stop: int, read: Read
-    ) -> tuple[str, dict[str, Member], list[tuple[int, Member]]]:
-        """Key, text members by kind, and numbered images of the sample in a span."""
-        key, text, images = "", {}, []
+    def _members(self, shard: int, start: int, stop: int, read: Read) -> list[Member]:
         try:
-            for member in members(read, start, stop, whole_archive=False):
-                split = split_name(member.name)
-                if split is None:
-                    continue
-                key, extension = split
-                if extension in ("json", "txt"):
-                    text[extension] = member
-                elif (image := image_number(extension)) is not None:
-                    images.append((image, member))
+            return list(members(read, start, stop, whole_archive=False))
         except TarError as fault:
             raise StorageError(f"{self.tars[shard]}: {fault}; the shard changed after it was indexed") from None
-        return key, text, images
 
     def _check(self, header: bytes, check: int, shard: int) -> None:
         if zlib.crc32(header) != check:
             raise StorageError(f"{self.tars[shard]}: changed after it was indexed; start again, or restore the shard")
+
+
+def _by_kind(found: Sequence[Member]) -> tuple[str, dict[str, Member], list[tuple[int, Member]]]:
+    """Key, text members by kind, and numbered images of a sample."""
+    key, text, images = "", {}, []
+    for member in found:
+        split = split_name(member.name)
+        if split is None:
+            continue
+        key, extension = split
+        if extension in ("json", "txt"):
+            text[extension] = member
+        elif (image := image_number(extension)) is not None:
+            images.append((image, member))
+    return key, text, images

@@ -6,6 +6,7 @@ names of GNU tar and the path and size records of pax; links, devices and paths 
 
 from __future__ import annotations
 
+import struct
 import zlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -15,6 +16,8 @@ from mmit.errors import DataError
 BLOCK = 512
 END = bytes(BLOCK)
 
+_HEADER = struct.Struct("100s24x12s12x8s1s100x6s82x155s12x")
+"""Name, size, checksum, kind, magic and prefix of a ustar header."""
 _REGULAR = b"0\x007"
 _DIRECTORY = b"5"
 _GNU_LONG_NAME = b"L"
@@ -58,29 +61,62 @@ def members(read: Read, start: int, stop: int, *, whole_archive: bool) -> Iterat
             if whole_archive:
                 _check_end(read, at, last)
             return
-        _check_sum(header, at, last)
-        kind = header[156:157]
-        size = _number(header[124:136], at, last)
-        if kind in _REGULAR and size_override >= 0:
-            size = size_override
+        name_field, size_field, sum_field, kind, magic, prefix = _HEADER.unpack(header)
+        stored = _number(sum_field, at, last)
+        if (_sum(header, sum_field) - stored) % 65521:
+            raise TarError(at, last, "no tar header with a right checksum follows this member")
+        is_regular = kind in _REGULAR
+        size = size_override if is_regular and size_override >= 0 else _number(size_field, at, last)
         data = at + BLOCK
         end = data + (size + BLOCK - 1) // BLOCK * BLOCK
-        if kind not in _NAMING + _PAX_GLOBAL:
-            name = name or _name(header, at)
+        if not name and (is_regular or kind not in _NAMING + _PAX_GLOBAL):
+            name = _name(name_field, prefix if magic == b"ustar\0" else b"", at)
         if end > stop:
             raise TarError(at, name or last, f"cut off: {size} bytes are announced and {max(stop - data, 0)} are there")
-        if kind in _NAMING:
-            name, size_override = _announced(kind, read(data, size), at, name)
-        elif kind in _REGULAR:
+        if is_regular:
             _check_path(name, at)
             yield Member(name, begin, data, size, end)
+            begin, last, name, size_override = end, name, "", -1
+        elif kind in _NAMING:
+            name, size_override = _announced(kind, read(data, size), at, name)
         elif kind not in (_DIRECTORY, _PAX_GLOBAL):
             raise TarError(at, name, f"is {_KINDS.get(kind, f'of type {kind!r}')}; only plain files are read")
-        at = end
-        if kind not in _NAMING:
+        else:
             begin, last, name, size_override = end, name or last, "", -1
+        at = end
     if whole_archive:
         raise TarError(at, last, "the end-of-archive marker after this member is missing: the file was cut off")
+
+
+def plain_members(span: bytes, start: int) -> list[Member] | None:
+    """The files in the span of a sample that begins at byte ``start`` of its tar, where all are plain ustar ones.
+
+    None where a header is anything else, or wrong: ``members`` tells. A third of its time, of every sample's reading.
+    """
+    found: list[Member] = []
+    at = 0
+    while at < len(span):
+        try:
+            name, size_field, sum_field, kind, magic, prefix = _HEADER.unpack_from(span, at)
+            size, stored = int(size_field[:11], 8), int(sum_field[:6], 8)
+            path = name.partition(b"\0")[0].decode("utf-8")
+        except (struct.error, ValueError):
+            return None
+        if kind != b"0" or magic != b"ustar\0" or prefix[:1] != b"\0":
+            return None
+        data = at + BLOCK
+        if (_sum(span[at:data], sum_field) - stored) % 65521:
+            return None
+        end = data + (size + BLOCK - 1) // BLOCK * BLOCK
+        found.append(Member(path, start + at, start + data, size, start + end))
+        at = end
+    return found if at == len(span) else None
+
+
+def _sum(header: bytes, sum_field: bytes) -> int:
+    """The checksum of a header, modulo 65521."""
+    # the low half of adler32 is 1 + the sum of the bytes: the sum of 512 bytes without a Python loop
+    return (zlib.adler32(header) & 0xFFFF) - 1 - sum(sum_field) + 8 * 32
 
 
 def _check_end(read: Read, at: int, last: str) -> None:
@@ -88,29 +124,19 @@ def _check_end(read: Read, at: int, last: str) -> None:
         raise TarError(at, last, "the end-of-archive marker after this member is not whole: the file was cut off")
 
 
-def _check_sum(header: bytes, at: int, last: str) -> None:
-    stored = _number(header[148:156], at, last)
-    # the low half of adler32 is 1 + the sum of the bytes, modulo 65521: the sum of 512 bytes without a Python loop
-    summed = (zlib.adler32(header) & 0xFFFF) - 1 - sum(header[148:156]) + 8 * 32
-    if (summed - stored) % 65521:
-        raise TarError(at, last, "no tar header with a right checksum follows this member")
-
-
 def _number(field: bytes, at: int, last: str) -> int:
     if field[0] & 0x80:
         return int.from_bytes(field, "big") & ((1 << (8 * len(field) - 1)) - 1)
     try:
-        return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
+        return int(field.partition(b"\0")[0].strip() or b"0", 8)
     except ValueError:
         raise TarError(at, last, "no tar header follows this member") from None
 
 
-def _name(header: bytes, at: int) -> str:
-    name = header[:100].split(b"\0", 1)[0]
-    if header[257:263] == b"ustar\0":
-        prefix = header[345:500].split(b"\0", 1)[0]
-        if prefix:
-            name = prefix + b"/" + name
+def _name(field: bytes, prefix: bytes, at: int) -> str:
+    name = field.partition(b"\0")[0]
+    if prefix[:1] > b"\0":
+        name = prefix.partition(b"\0")[0] + b"/" + name
     return _text(name, at)
 
 
@@ -140,5 +166,5 @@ def _announced(kind: bytes, records: bytes, at: int, name: str) -> tuple[str, in
 
 
 def _check_path(name: str, at: int) -> None:
-    if name.startswith("/") or ".." in name.split("/"):
+    if name.startswith("/") or (".." in name and ".." in name.split("/")):
         raise TarError(at, name, "the path leaves the archive")
