@@ -12,7 +12,7 @@ import io
 import json
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -109,27 +109,27 @@ class Writer:
         return " ".join(self._random.choices(self._words, k=words))
 
 
-def picture(number: int) -> bytes:
-    """A JPEG of soft colours with grain, 320 x 240, about as many bytes as a photo of that size."""
+def picture(number: int, size: tuple[int, int] = PICTURE, *, grain: float = 7.0) -> bytes:
+    """A JPEG of soft colours with grain (in grey levels), about as many bytes as a photo of that size."""
     source = np.random.default_rng(number)
-    soft = Image.fromarray(source.integers(0, 256, (18, 24, 3), dtype=np.uint8)).resize(
-        PICTURE, Image.Resampling.BICUBIC
-    )
-    grain = source.normal(0.0, 7.0, (PICTURE[1], PICTURE[0], 1))
-    image = Image.fromarray(np.clip(np.asarray(soft) + grain, 0, 255).astype(np.uint8))
+    soft = Image.fromarray(source.integers(0, 256, (18, 24, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    noise = source.normal(0.0, grain, (size[1], size[0], 1))
+    image = Image.fromarray(np.clip(np.asarray(soft) + noise, 0, 255).astype(np.uint8))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
 
 
-def write_records(records: list[dict[str, Any]], file: Path, images: Path) -> None:
+def write_records(
+    records: list[dict[str, Any]], file: Path, images: Path, *, picture_of: Callable[[int], bytes] = picture
+) -> None:
     """Write the records as JSON, and their pictures below ``images`` where they are missing."""
     file.parent.mkdir(parents=True, exist_ok=True)
     images.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(records), encoding="utf-8")
     for record in records:
         if "image" in record and not (path := images / record["image"]).exists():
-            path.write_bytes(picture(int(record["id"])))
+            path.write_bytes(picture_of(int(record["id"])))
 
 
 def _record(number: int, turns: list[tuple[str, str]], *, has_picture: bool, system: str) -> dict[str, Any]:
