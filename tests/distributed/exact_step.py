@@ -20,6 +20,7 @@ from mmit.distributed import all_reduce_sum, rank, world_size  # noqa: E402
 from mmit.errors import CheckpointError  # noqa: E402
 from mmit.models import build_model, load_model, load_weights, save_model  # noqa: E402
 from mmit.models.placement import WHOLE, placed  # noqa: E402
+from mmit.tiling import TilePlan  # noqa: E402
 from mmit.train.engine import Engine, deepspeed_config, init_process_group  # noqa: E402
 from mmit.train.optim import adamw, parameter_groups  # noqa: E402
 from mmit.train.partition import Partitioned  # noqa: E402
@@ -28,22 +29,28 @@ RULES = {"connector": 1e-2, "language_model": 1e-3}
 EPS = 1e-3  # Adam divides by |g| + eps: a larger eps keeps rounding of tiny gradients from being blown up
 
 
-def sample(number: int, *, text: int, images: int, trained: int, loaded: Any) -> Encoded:
+def sample(number: int, *, text: int, images: int, trained: int, loaded: Any, width: int = 28) -> Encoded:
+    """Pictures of ``width`` x 28 pixels; above 28 they are cut into tiles, with a newline token behind their row."""
     generator = torch.Generator().manual_seed(number)
-    tokens = loaded.model.spec.tokens_per_tile
+    whole = TilePlan(1, loaded.model.spec.tokens_per_tile)
+    plans = (loaded.model.spec.plan(width, 28) if width > 28 else whole,) * images
     words = torch.randint(5, 40, (text,), generator=generator)
-    ids = torch.cat([torch.full((images * tokens,), loaded.image_id), words])
+    ids = torch.cat([torch.full((sum(plan.tokens for plan in plans),), loaded.image_id), words])
     labels = torch.full_like(ids, IGNORE)
     labels[-1 - trained : -1] = ids[-trained:] if trained else ids[:0]
     size = loaded.model.spec.size
-    pixels = torch.randint(0, 256, (images, 3, *size), generator=generator, dtype=torch.uint8)
-    return Encoded(id=str(number), input_ids=ids, labels=labels, pixels=pixels)
+    tiles = sum(plan.tiles for plan in plans)
+    pixels = torch.randint(0, 256, (tiles, 3, *size), generator=generator, dtype=torch.uint8)
+    return Encoded(id=str(number), input_ids=ids, labels=labels, pixels=pixels, plans=plans)
 
 
 def micro_batches(loaded: Any) -> list[list[Batch]]:
-    """By rank: two micro-batches with 5/1 and 2/7 trained tokens; rank 1 has no image, its first row is two samples."""
+    """By rank: two micro-batches with 5/1 and 2/7 trained tokens; rank 1 has no image, its first row is two samples.
+
+    One micro-batch alone has newline tokens, behind the rows of a picture in tiles.
+    """
     a = sample(1, text=9, images=1, trained=5, loaded=loaded)
-    b = sample(2, text=4, images=2, trained=1, loaded=loaded)
+    b = sample(2, text=4, images=2, trained=1, loaded=loaded, width=56)
     c = sample(3, text=6, images=0, trained=1, loaded=loaded)
     d = sample(4, text=5, images=0, trained=1, loaded=loaded)
     e = sample(5, text=12, images=0, trained=7, loaded=loaded)
@@ -142,7 +149,7 @@ def main(run_file: str) -> None:
     init_process_group()
     torch.set_num_threads(1)
     assert world_size() == 2
-    config = load_config(Path(run_file))
+    config = load_config(Path(run_file), ['model.tiling={"type": "anyres"}'])
     expected, loss, norm = full_batch_step(config)
     result = {}
     settings = [(f"zero-{stage}", Zero(stage=stage), False) for stage in range(4)]

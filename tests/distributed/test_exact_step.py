@@ -1,4 +1,7 @@
-"""A step's loss is the exact mean over all trained tokens of all ranks and micro-batches, under every ZeRO stage."""
+"""A step's loss is the exact mean over all trained tokens of all ranks and micro-batches, under every ZeRO stage.
+
+The model cuts pictures into tiles, and one micro-batch of the four has the newline token between their rows.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -62,5 +65,5 @@ def test_a_run_that_changes_its_zero_stage_goes_on_as_one_that_does_not(result: 
     assert found["same bits"]  # of every weight, right after loading
     assert found["steps"][0] == found["steps"][1]  # Adam's bias correction goes on counting
     assert found["moved"] > 5e-3
-    # fp32: only the order of sums differs; bf16: gradients of the stages are rounded apart, one bit of weights near 0.2
-    assert found["off"] <= (2**-10 if "bf16" in change else 3e-7)
+    # fp32: only the order of sums differs; bf16: gradients of the stages are rounded apart, a bit of weights below 0.5
+    assert found["off"] <= (2**-9 if "bf16" in change else 3e-7)
