@@ -65,6 +65,17 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     return values
 
 
+def ranks_that_differ(value: str) -> dict[int, str]:
+    """What the other ranks say where it is not what rank 0 says: rank -> its value; collective."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return {}
+    said: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(said, value)
+    return {number: other for number, other in enumerate(said) if other != said[0]}
+
+
 class _RankZero(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         return rank() == 0 or record.levelno >= logging.ERROR

@@ -157,3 +157,6 @@ class Launch(Section):
     """Ranks where there is no accelerator; with accelerators there is one for each."""
     threads_per_rank: Annotated[int, Field(ge=0)] = 0
     """CPU threads of each rank; 0 is cores / ranks."""
+    stall_seconds: Annotated[float, Field(ge=0.0)] = 25.0
+    """A rank that reads or computes one thing for longer, and for ten times as long as ever before, ends the run with
+    its name; so does one that is silent for so long. 0 waits for ever."""

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import atexit
 import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from mmit.batch import Batch, Encoded, collate
 from mmit.conversation import Conversation
@@ -78,6 +79,9 @@ class Loader:
         self.micro_batches = -(-rows_of_rank // rows_per_micro_batch)
         self.by_source = by_source
         self._batches = _MicroBatches(self, encode, rows_per_micro_batch, pad_id, image_size)
+        # a line for each process that reads: source + 1 (0: none), sample, monotonic seconds at the start
+        self._next_step = start_step
+        self._at = torch.zeros((workers + 1, 3), dtype=torch.float64).share_memory_()
 
     def __iter__(self) -> Iterator[StepBatches]:
         source = DataLoader(
@@ -102,6 +106,7 @@ class Loader:
     def _steps(self, made: list[Iterator[Made]]) -> Iterator[StepBatches]:
         skipped = 0
         for step in range(self.start_step, self.plan.steps):
+            self._next_step = step
             batches: list[Batch] = []
             holes: list[BadSample] = []
             for _ in range(self.micro_batches):
@@ -118,6 +123,26 @@ class Loader:
         """The rows of this rank in one micro-batch of a step: at most ``count``, at least an empty one."""
         own = self.plan.step_of_rank(step, rank=self.rank, world=self.world)
         return own[micro_batch * count : (micro_batch + 1) * count] or [EMPTY]
+
+    def reading(self) -> str:
+        """What is being read right now: the shard and key that have taken longest, or those that come next."""
+        busy = [(since, int(source) - 1, int(number)) for source, number, since in self._at.tolist() if source]
+        if busy:
+            since, source, number = min(busy)
+            shard, key = self.plan.sources[source].place(number)
+            return f"{shard}: {key}, for {time.monotonic() - since:.0f} s"
+        if self._next_step >= self.plan.steps:
+            return ""
+        rows = self.plan.step_of_rank(self._next_step, rank=self.rank, world=self.world)
+        coming = next((sample for row in rows for sample in row.samples), None)
+        return "" if coming is None else "next is {}: {}".format(*self.plan.sources[coming[0]].place(coming[1]))
+
+    def note_reading(self, source: int, number: int) -> None:
+        """Called by the process that reads, when it begins with a sample; a source of -1 says that it has ended."""
+        info = get_worker_info()
+        self._at[0 if info is None else info.id + 1] = torch.tensor(
+            [source + 1, number, time.monotonic()], dtype=torch.float64
+        )
 
     def _check_skipped(self, skipped: int, holes: list[BadSample]) -> None:
         if holes and skipped > self.max_skipped * self.plan.samples:
@@ -163,7 +188,9 @@ class _MicroBatches(Dataset[Made]):
     def _row(self, row: Row, bad: list[BadSample]) -> list[tuple[int, Encoded]]:
         found: list[tuple[int, Encoded]] = []
         for source, number in row.samples:
+            self.loader.note_reading(source, number)
             made = self._sample(source, number)
+            self.loader.note_reading(-1, 0)
             if isinstance(made, BadSample):
                 bad.append(made)
             else:

@@ -12,16 +12,18 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from types import FrameType
 from typing import TYPE_CHECKING
 
 import torch
 
-from mmit.distributed import all_reduce_sum, logger, rank
+from mmit.distributed import all_reduce_sum, logger, rank, world_size
 from mmit.errors import TrainingError
 from mmit.train.engine import Engine, device
 from mmit.train.metrics import Recorder, StepRecord
 from mmit.train.optim import LearningRate
+from mmit.train.watchdog import COMPUTING, READING, SAVING, WAITING, Watchdog
 
 if TYPE_CHECKING:
     from mmit.data import Loader, StepBatches
@@ -71,7 +73,18 @@ class Counts:
             digest,
             int(stop),
         ]
-        total = all_reduce_sum(torch.tensor(local, dtype=torch.int64, device=device())).tolist()
+        # equal on all ranks if, and only if, the mean of the squares is the square of the mean
+        same = [step.step, len(step.batches)]
+        squares = [value * value for value in same]
+        sent = torch.tensor([*local, *same, *squares], dtype=torch.int64, device=device())
+        *total, steps, batches, steps_squared, batches_squared = all_reduce_sum(sent).tolist()
+        ranks = world_size()
+        if ranks * steps_squared != steps * steps or ranks * batches_squared != batches * batches:
+            raise TrainingError(
+                f"the ranks disagree: rank {rank()} is at step {step.step + 1} with {len(step.batches)} micro-batches, "
+                f"on average they are at step {steps / ranks + 1:g} with {batches / ranks:g}; "
+                "they must read the same data with the same version of mmit"
+            )
         sums = dict(zip(cls.__dataclass_fields__, total, strict=True))
         sums["digest"] %= _DIGESTS  # however many ranks the samples were dealt to
         return cls(**sums)
@@ -89,6 +102,7 @@ def train_steps(
     skipped: SkippedRecord,
     *,
     stop: StopRequest,
+    watchdog: Watchdog,
     seed: int,
     after_step: Callable[[int, Counts], None],
 ) -> bool:
@@ -97,8 +111,9 @@ def train_steps(
     after_step: called after each step with the number of steps done and what it held.
     Raises TrainingError for a step without a trained token and for a loss or gradient that is not finite.
     """
-    for step, wait in _timed(iter(loader)):
+    for step, wait in _timed(iter(loader), watchdog, loader.start_step):
         started = time.perf_counter() - wait
+        watchdog.mark(WAITING, step=step.step + 1)
         counts = Counts.of(step, stop=stop.asked)
         skipped.note(step.skipped, step=step.step + 1)
         if counts.stops:
@@ -112,7 +127,9 @@ def train_steps(
         torch.manual_seed(_step_seed(seed, step.step))
         factor = schedule.factor(step.step)
         names = loader.plan.names if loader.by_source else ()
-        loss, norm, by_source = _optimizer_step(step, engine, counts.trained_tokens, factor, sources=names)
+        loss, norm, by_source = _optimizer_step(
+            step, engine, counts.trained_tokens, factor, sources=names, watchdog=watchdog
+        )
         if recorder is not None:
             recorder.add(
                 StepRecord(
@@ -131,12 +148,13 @@ def train_steps(
                     loss_by_source=by_source,
                 )
             )
+        watchdog.mark(SAVING, step=step.step + 1)
         after_step(step.step + 1, counts)
     return True
 
 
 def _optimizer_step(
-    step: StepBatches, engine: Engine, trained_tokens: int, factor: float, *, sources: Sequence[str]
+    step: StepBatches, engine: Engine, trained_tokens: int, factor: float, *, sources: Sequence[str], watchdog: Watchdog
 ) -> tuple[float, float, dict[str, float]]:
     """Loss (mean over all trained tokens of all ranks), gradient norm, and the loss of each of ``sources``."""
     # the sum of -log p of all, then of each source, then the trained tokens of each source: one message for all
@@ -144,6 +162,7 @@ def _optimizer_step(
     loss = norm = math.nan
     by_source: dict[str, float] = {}
     for number, batch in enumerate(step.batches, start=1):
+        watchdog.mark(COMPUTING, step=step.step + 1, samples=batch.sample_ids)
         here = batch.to(device())
         sums[0] += engine.micro_step(here, trained_tokens=trained_tokens).double()
         if here.by_source is not None:
@@ -178,9 +197,10 @@ def _step_seed(seed: int, step: int) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "big")
 
 
-def _timed(steps: Iterator[StepBatches]) -> Iterator[tuple[StepBatches, float]]:
+def _timed(steps: Iterator[StepBatches], watchdog: Watchdog, start_step: int) -> Iterator[tuple[StepBatches, float]]:
     """Each step with the seconds that its data took to arrive."""
-    while True:
+    for number in count(start_step + 1):
+        watchdog.mark(READING, step=number)
         started = time.perf_counter()
         step = next(steps, None)
         if step is None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from mmit.config import Optim
 from mmit.models import TrainGroup
 
 Schedule = Literal["cosine", "linear", "constant"]
@@ -23,6 +24,16 @@ class LearningRate:
     warmup_fraction: float
     min_lr_fraction: float
     steps: int
+
+    @classmethod
+    def of(cls, optim: Optim, *, steps: int) -> LearningRate:
+        """The schedule of a run file's ``optim`` section over a stage of ``steps``."""
+        return cls(
+            schedule=optim.schedule,
+            warmup_fraction=optim.warmup_fraction,
+            min_lr_fraction=optim.min_lr_fraction,
+            steps=steps,
+        )
 
     def factor(self, step: int) -> float:
         """Share of the peak learning rate at ``step`` (0-based), in 0..1.

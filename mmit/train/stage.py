@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -16,13 +18,14 @@ from transformers.utils.logging import disable_progress_bar
 
 from mmit.config import RunConfig, Stage
 from mmit.config_file import resolved_yaml
-from mmit.distributed import is_launched, logger, rank, set_up_logging, world_size
-from mmit.errors import ConfigError, Interrupted
+from mmit.distributed import is_launched, logger, rank, ranks_that_differ, set_up_logging, world_size
+from mmit.errors import ConfigError, Interrupted, TrainingError
 from mmit.train.launch import end_with_launcher
 from mmit.train.settings import deciding_settings
 
 if TYPE_CHECKING:
     from mmit.models import LoadedModel
+    from mmit.train.checkpoint import RunState
     from mmit.train.engine import Engine
     from mmit.train.feed import Feed
     from mmit.train.loop import Counts, StopRequest
@@ -61,17 +64,48 @@ def _prepare_process() -> None:
     end_with_launcher()
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Ready:
+    """A stage whose parts, data and engine stand; ``state`` says how far it had come."""
+
+    config: RunConfig
+    name: str
+    loaded: LoadedModel
+    feed: Feed
+    engine: Engine
+    state: RunState
+
+    @property
+    def stage(self) -> Stage:
+        return self.config.stages[self.name]
+
+    @property
+    def folder(self) -> Path:
+        return self.config.stage_folder(self.name)
+
+
 def _train(config: RunConfig, name: str, *, stop: StopRequest, fresh: bool) -> Path:
     from mmit.train import checkpoint
+
+    folder = config.stage_folder(name)
+    lock = checkpoint.collectively(lambda: _open_folder(folder, fresh=fresh) if rank() == 0 else None, what=folder)
+    try:
+        ready = _make_ready(config, name)
+        if rank() == 0:
+            (folder / "config.yaml").write_text(resolved_yaml(config), encoding="utf-8")
+        _announce(config, name, ready.feed)
+        return _run(ready, stop=stop)
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def _make_ready(config: RunConfig, name: str) -> _Ready:
+    from mmit.train import checkpoint
     from mmit.train.engine import resolve_precision
-    from mmit.train.feed import SkippedRecord, make_feed
-    from mmit.train.loop import train_steps
-    from mmit.train.metrics import Recorder
-    from mmit.train.optim import LearningRate
-    from mmit.train.trained import FirstStepCheck
+    from mmit.train.feed import make_feed
 
     stage, folder = config.stages[name], config.stage_folder(name)
-    lock = checkpoint.collectively(lambda: _open_folder(folder, fresh=fresh) if rank() == 0 else None, what=folder)
     dtype = resolve_precision(config.precision)
     loaded = _build(config, name, dtype=dtype)
     _attend(loaded, config.stages[name], name)
@@ -85,36 +119,43 @@ def _train(config: RunConfig, name: str, *, stop: StopRequest, fresh: bool) -> P
         precision=str(dtype).removeprefix("torch."),
         settings=deciding_settings(config, name),
     )
+    _check_ranks_agree(state)
     engine = _make_engine(stage, loaded, dtype=dtype)
     state = checkpoint.resume(folder / "checkpoints", engine, state, steps=feed.plan.steps)
-    if rank() == 0:
-        (folder / "config.yaml").write_text(resolved_yaml(config), encoding="utf-8")
-    _announce(config, name, feed)
+    return _Ready(config=config, name=name, loaded=loaded, feed=feed, engine=engine, state=state)
 
-    schedule = LearningRate(
-        schedule=stage.optim.schedule,
-        warmup_fraction=stage.optim.warmup_fraction,
-        min_lr_fraction=stage.optim.min_lr_fraction,
-        steps=feed.plan.steps,
-    )
-    recorder = None
-    if rank() == 0:
-        recorder = Recorder(
-            folder,
-            steps=feed.plan.steps,
-            every_steps=stage.log.every_steps,
-            tensorboard=stage.log.tensorboard,
-            resume_step=state.step,
-        )
-    made_from = checkpoint.facts(config, stage=name, plan=feed.plan.fingerprint)
-    write_model = _model_writer(engine, loaded, made_from)
-    check = FirstStepCheck(engine.module)
+
+def _check_ranks_agree(state: RunState) -> None:
+    """Raise TrainingError where ranks would train on other plans, settings or versions; collective."""
+    versions = {package: version(package) for package in ("mmit", "torch", "transformers", "deepspeed")}
+    parts = {"plan": state.plan, "precision": state.precision, "settings": state.settings, "versions": versions}
+    for what, value in parts.items():
+        if others := ranks_that_differ(json.dumps(value, sort_keys=True, default=str)):
+            raise TrainingError(
+                f"ranks {', '.join(map(str, others))} have another {what} than rank 0; "
+                "give all hosts the same run file, shards and packages"
+            )
+
+
+def _run(ready: _Ready, *, stop: StopRequest) -> Path:
+    from mmit.train import checkpoint
+    from mmit.train.feed import SkippedRecord
+    from mmit.train.loop import train_steps
+    from mmit.train.metrics import Recorder
+    from mmit.train.optim import LearningRate
+    from mmit.train.trained import FirstStepCheck
+    from mmit.train.watchdog import Watchdog
+
+    stage, folder, state, steps = ready.stage, ready.folder, ready.state, ready.feed.plan.steps
+    made_from = checkpoint.facts(ready.config, stage=ready.name, plan=ready.feed.plan.fingerprint)
+    write_model = _model_writer(ready.engine, ready.loaded, made_from)
+    check = FirstStepCheck(ready.engine.module)
     done, first = state.step, state.step + 1
 
     def save() -> None:
         checkpoint.save(
             folder / "checkpoints",
-            engine,
+            ready.engine,
             replace(state, step=done),
             write_model=write_model,
             keep_last=stage.save.keep_last,
@@ -125,30 +166,34 @@ def _train(config: RunConfig, name: str, *, stop: StopRequest, fresh: bool) -> P
         done = step
         if not check.is_done and (counts.images > 0 or step == first):
             check.verify(had_images=counts.images > 0)
-        if step % stage.save.every_steps == 0 and step < feed.plan.steps:
+        if step % stage.save.every_steps == 0 and step < steps:
             save()
 
+    loader = ready.feed.loader(start_step=state.step)
+    log = {"every_steps": stage.log.every_steps, "tensorboard": stage.log.tensorboard}
+    recorder = Recorder(folder, steps=steps, resume_step=state.step, **log) if rank() == 0 else None
+    watchdog = Watchdog(stall_seconds=ready.config.launch.stall_seconds, reading=loader.reading)
     try:
         finished = train_steps(
-            feed.loader(start_step=state.step),
-            engine,
-            schedule,
+            loader,
+            ready.engine,
+            LearningRate.of(stage.optim, steps=steps),
             recorder,
             SkippedRecord(folder),
             stop=stop,
-            seed=config.seed,
+            watchdog=watchdog,
+            seed=ready.config.seed,
             after_step=after_step,
         )
         if not finished:
             if done > state.step:
                 save()
-            raise Interrupted(f"stage {name}: saved at step {done} of {feed.plan.steps}; the same command continues it")
+            raise Interrupted(f"stage {ready.name}: saved at step {done} of {steps}; the same command continues it")
         return _finish(folder, write_model)
     finally:
+        watchdog.close()
         if recorder is not None:
             recorder.close()
-        if lock is not None:
-            lock.close()
 
 
 def _open_folder(folder: Path, *, fresh: bool) -> IO[str]:

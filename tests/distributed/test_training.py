@@ -1,10 +1,12 @@
 """Whole runs through the command line on two real ranks: killed, stopped, resumed, started by DeepSpeed's launcher."""
 
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +120,23 @@ def test_a_run_goes_on_with_other_ranks_zero_stages_and_micro_batches(
     assert [line["loss"] for line in pieced] == pytest.approx([line["loss"] for line in whole], rel=1e-5)
     ours, theirs = (load_file(path / "model" / "model.safetensors") for path in (folder, aligned))
     assert max(float((ours[key] - theirs[key]).abs().max()) for key in theirs) < 1e-5
+
+
+def test_a_rank_that_stalls_ends_the_run_with_its_name_its_shard_and_its_sample(run_file: Path, tmp_path: Path) -> None:
+    words = ("train", str(run_file), f"output={tmp_path}", "--stage", "align", "launch.stall_seconds=5")
+    started = start_and_wait_for_step(tmp_path / "align", 4, *words, "stages.align.epochs=400")
+    readers = [child for child in rank_processes(started)[1].children() if child.status() != psutil.STATUS_ZOMBIE]
+    for reader in readers:  # as a disk that does not answer
+        reader.suspend()
+    before = time.monotonic()
+    code = started.wait(timeout=60)
+    seconds = time.monotonic() - before
+    for reader in readers:
+        reader.kill()
+    output = started.communicate(timeout=60)[0]
+    assert (code, seconds < 30) == (1, True), output
+    named = r"error: rank 1 on \S+ has stalled: reading step \d+ for [5-9] s \(.*shard-\d+\.tar: \w+"
+    assert re.search(named, output), output
 
 
 def test_every_sample_is_seen_as_often_as_planned(aligned: Path) -> None:

@@ -1,0 +1,51 @@
+"""Who is named when a rank stalls."""
+
+from dataclasses import replace
+
+from mmit.train.watchdog import COMPUTING, READING, SAVING, WAITING, Beat, Watchdog, verdict
+
+FINE = Beat(number=9, host="a", step=7, phase=WAITING, seconds=40.0, limit=25.0)
+READS = Beat(number=9, host="b", step=7, phase=READING, seconds=41.0, limit=25.0, samples="s.tar: k7, for 40 s")
+HEARD = {0: 1.0, 1: 1.0}
+
+
+def test_the_rank_that_reads_is_named_and_not_those_that_wait_for_it() -> None:
+    sentence = verdict({0: FINE, 1: READS}, HEARD, limit=25.0)
+    assert sentence
+    assert sentence.startswith("rank 1 on b has stalled: reading step 7 for 41 s (s.tar: k7, for 40 s)")
+
+
+def test_a_rank_that_reads_is_named_before_those_that_compute() -> None:
+    computes = replace(READS, phase=COMPUTING, seconds=60.0)
+    sentence = verdict({0: computes, 1: READS}, HEARD, limit=25.0)
+    assert sentence is not None
+    assert "rank 0" not in sentence
+
+
+def test_ranks_that_compute_may_wait_for_each_other_so_all_are_named() -> None:
+    computes = replace(READS, phase=COMPUTING)
+    sentence = verdict({0: computes, 1: computes}, HEARD, limit=25.0)
+    assert sentence is not None
+    assert "rank 0 on b" in sentence
+    assert "rank 1 on b" in sentence
+
+
+def test_a_silent_rank_is_named() -> None:
+    sentence = verdict({0: FINE, 1: FINE}, {0: 1.0, 1: 26.0}, limit=25.0)
+    assert sentence is not None
+    assert sentence.startswith("rank 1 on a has not been heard for 26 s")
+
+
+def test_saving_may_take_long_and_nothing_is_judged_before_the_second_step() -> None:
+    assert verdict({0: FINE, 1: replace(READS, phase=SAVING)}, HEARD, limit=25.0) is None
+    starts = replace(READS, limit=0.0)
+    assert verdict({0: starts, 1: starts}, {0: 99.0, 1: 99.0}, limit=25.0) is None
+
+
+def test_a_phase_that_has_always_been_long_gets_ten_times_its_longest() -> None:
+    watchdog = Watchdog(stall_seconds=0, reading=lambda: "")
+    watchdog.mark(READING, step=1)
+    assert watchdog.beat(1).limit == 0  # the first step
+    watchdog.mark(COMPUTING, step=2)
+    watchdog._longest[COMPUTING] = 7.0  # a measured phase of 7 s
+    assert watchdog.beat(1).limit == 70.0
