@@ -60,7 +60,7 @@ def show(
     shards: Shards,
     tokenizer: Annotated[str, typer.Option(help="Directory or hub name of the language model or model directory.")],
     template: Annotated[str, typer.Option(help="Chat template: own, a .jinja file, or a built-in name.")] = "own",
-    style: Annotated[Literal["hf", "llava"], typer.Option(help="How text around images is tokenized.")] = "hf",
+    style: Annotated[Literal["hf", "llava", "blip"], typer.Option(help="How text around images is tokenized.")] = "hf",
     image_tokens: Annotated[int, typer.Option(min=1, help="Image tokens of one picture.")] = 576,
     sample: Annotated[list[int] | None, typer.Option(help="Number of a sample; may be repeated.")] = None,
 ) -> None:

@@ -4,9 +4,10 @@ The whole text goes through the tokenizer in one call, and a token is trained if
 a trained span: pieces tokenized one by one give other ids than the text the model will see. The one exception keeps a
 prompt what it was in training: where a token would reach from a prompt into its answer, the text is cut in two.
 
-Two styles of image places. ``hf``, for models of our own: ``<image>`` is a token of the text, as transformers'
+Three styles of image places. ``hf``, for models of our own: ``<image>`` is a token of the text, as transformers'
 LlavaProcessor has it. ``llava``, for original LLaVA checkpoints: the text between images is tokenized piece by piece,
-so that a Llama tokenizer puts a space token after each image.
+so that a Llama tokenizer puts a space token after each image. ``blip``, for InstructBLIP: images that open the text
+stand before the start token, and the text behind them is tokenized in one piece.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from mmit.tokenizer import IMAGE_TEXT
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Style = Literal["hf", "llava"]
+Style = Literal["hf", "llava", "blip"]
 
 
 def encode(
@@ -50,19 +51,22 @@ def encode(
     The start token comes once, where the tokenizer's family has one. Raises ConfigError for style ``hf`` if the
     tokenizer has no token ``<image>`` of the id ``image_id``.
     """
-    text = _Text.of(rendered)
-    ids, trained = (_whole if style == "hf" else _between_images)(text, tokenizer, image_id)
-    if ids.count(image_id) != len(image_tokens):
+    text, leading = _Text.of(rendered), 0
+    while style == "blip" and text.text.startswith(IMAGE_TEXT):
+        text, leading = text.part(len(IMAGE_TEXT), len(text.text)), leading + 1
+    ids, trained = (_between_images if style == "llava" else _whole)(text, tokenizer, image_id)
+    if (found := ids.count(image_id) + leading) != len(image_tokens):
         raise ConfigError(
-            f"the text has {len(image_tokens)} images but {ids.count(image_id)} tokens of id {image_id}; "
+            f"the text has {len(image_tokens)} images but {found} tokens of id {image_id}; "
             f"the tokenizer has no {IMAGE_TEXT} of that id (prepare_tokenizer adds one)"
         )
-    start_ids = [] if _begins_with_start(rendered.text, tokenizer) else list(_habits(tokenizer).start_ids)
-    tokens = np.array([*start_ids, *ids], dtype=np.int64)
+    start_ids = [] if _begins_with_start(text.text, tokenizer) else list(_habits(tokenizer).start_ids)
+    before = [image_id] * leading + start_ids
+    tokens = np.array([*before, *ids], dtype=np.int64)
     is_image = tokens == image_id
     copies = np.ones(len(tokens), dtype=np.int64)
     copies[is_image] = image_tokens
-    mask = np.array([False] * len(start_ids) + trained, dtype=bool) & ~is_image
+    mask = np.array([False] * len(before) + trained, dtype=bool) & ~is_image
     return torch.from_numpy(tokens.repeat(copies)), torch.from_numpy(mask.repeat(copies))
 
 

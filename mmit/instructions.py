@@ -33,6 +33,8 @@ class InstructionReader:
         return join_instructions([self._one(text, rows) for text, rows in zip(texts, tiles, strict=True)])
 
     def _one(self, text: str, rows: int) -> Instructions:
-        ids = self.tokenizer(text.strip(), truncation=True, max_length=self.length)["input_ids"]
+        # split: a control token written out in a text is read as text
+        found = self.tokenizer(text.strip(), truncation=True, max_length=self.length, split_special_tokens=True)
+        ids = found["input_ids"]
         row = torch.tensor(ids or [0], dtype=torch.int64)
         return Instructions(ids=row.expand(rows, -1), mask=torch.ones_like(row).expand(rows, -1))

@@ -39,6 +39,7 @@ _BUILT_IN: dict[str, tuple[str, tuple[str, ...]]] = {
     "plain": ("\n", ()),
     "vicuna": (_EOS, (_EOS,)),
     "vicuna_v0": ("###", ()),
+    "instructblip": (_EOS, (_EOS,)),
     "llama2": (_EOS, (_BOS, _EOS)),
     "mistral": (_EOS, (_EOS,)),
     "llama3": ("<|eot_id|>", _LLAMA3),

@@ -44,6 +44,11 @@ def test_a_long_question_is_cut_and_keeps_its_last_token(reader: InstructionRead
     assert words(asked, reader) == ["[CLS] what is the colour [SEP]"]
 
 
+def test_a_control_token_in_a_question_is_read_as_text(reader: InstructionReader) -> None:
+    asked = reader.read(said(("user", (ImageRef(0), "[SEP]"))), tiles=[1])
+    assert asked.ids[0].tolist().count(reader.tokenizer.convert_tokens_to_ids("[SEP]")) == 1
+
+
 def test_a_text_without_pictures_asks_nothing(reader: InstructionReader) -> None:
     asked = reader.read(said(("user", ("what?",))), tiles=[])
     assert asked.ids.shape == asked.mask.shape == (0, 1)

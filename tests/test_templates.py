@@ -64,6 +64,7 @@ TEXTS = {
     "vicuna": VICUNA + "USER: <image>\nWhat? ASSISTANT:« A bus.</s>»USER: Colour? ASSISTANT:« Red.</s>»",
     "vicuna_v0": VICUNA.replace("user", "human").strip()
     + "###Human: <image>\nWhat?###Assistant:« A bus.###»Human: Colour?###Assistant:« Red.###»",
+    "instructblip": "<image>What?« A bus.</s>»Colour?« Red.</s>»",
     "llama2": f"[INST] <<SYS>>\n{LLAVA}\n<</SYS>>\n\n<image>\nWhat? [/INST]« A bus. </s>»"
     "<s>[INST] Colour? [/INST]« Red. </s>»",
     "mistral": "[INST] <image>\nWhat? [/INST]« A bus. </s>»[INST] Colour? [/INST]« Red. </s>»",
@@ -115,6 +116,7 @@ def test_every_built_in_template_is_covered_here() -> None:
     ("name", "begins"),
     [
         ("vicuna", "Be brief. USER: Hi"),
+        ("instructblip", "Be brief.\nHi Yo</s>"),
         ("llama2", "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi [/INST]"),
         ("mistral", "[INST] Be brief.\n\nHi [/INST]"),
         ("llama3", "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"),
@@ -149,7 +151,7 @@ def conversations(draw) -> Conversation:
 @pytest.mark.parametrize("kind", ["llama", "qwen"])
 @pytest.mark.parametrize("name", BUILT_IN_TEMPLATES)
 @settings(max_examples=40, deadline=None, database=None)
-@given(conversation=conversations(), style=st.sampled_from(["hf", "llava"]))
+@given(conversation=conversations(), style=st.sampled_from(["hf", "llava", "blip"]))
 def test_a_prompt_is_a_prefix_of_what_was_trained(name: str, kind: str, conversation: Conversation, style) -> None:
     known, chosen = prepared(kind), template(name, kind)
     special = [token for token in chosen.control if any(token in message.text for message in conversation.messages)]
@@ -157,7 +159,11 @@ def test_a_prompt_is_a_prefix_of_what_was_trained(name: str, kind: str, conversa
         message.role == "user" and not any(isinstance(part, ImageRef) for part in message.content)
         for message in conversation.messages
     )
-    if special or plain_without_image:
+    empty = name == "instructblip" and any(
+        message.role == "user" and not any(isinstance(part, ImageRef) or part.strip() for part in message.content)
+        for message in conversation.messages
+    )
+    if special or plain_without_image or empty:
         with pytest.raises(DataError):
             chosen.render(conversation)
         return

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from mmit.encoding import Style
 from mmit.images import ImageSpec
 from mmit.instructions import InstructionReader
 from mmit.models.vlm import VisionLanguageModel
@@ -31,7 +32,7 @@ class LoadedModel:
     template: ChatTemplate
     image_id: int
     pad_id: int
-    style: Literal["hf", "llava"]
+    style: Style
     encoder: Mapping[str, Any]
     connector: Mapping[str, Any]
     instructions: InstructionReader | None = None

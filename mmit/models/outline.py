@@ -6,7 +6,7 @@ A plan of a 7 B model would otherwise read 28 GB only to learn how many tokens a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import TypeAdapter
@@ -15,6 +15,7 @@ from transformers.initialization import no_init_weights
 
 from mmit.config import ComposedModel, WholeModel
 from mmit.config import Connector as ConnectorSection
+from mmit.encoding import Style
 from mmit.errors import ConfigError
 from mmit.images import ImageSpec
 from mmit.instructions import InstructionReader
@@ -35,7 +36,7 @@ class Outline:
     spec: ImageSpec
     image_id: int
     pad_id: int
-    style: Literal["hf", "llava"]
+    style: Style
     instructions: InstructionReader | None = None
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from mmit.encoding import Style
 from mmit.images import ImageSpec
 from mmit.models.encoders import ImageInput
 from mmit.models.formats.contents import Contents, Json
@@ -69,7 +69,7 @@ class Format:
     text_config: Callable[[Contents], Json]
     tokenizer: Callable[[Contents], PreparedTokenizer]
     spec: Callable[[Contents, ImageInput, int], ImageSpec]
-    style: Callable[[Contents], Literal["hf", "llava"]]
+    style: Callable[[Contents], Style]
     tensors: Callable[[Contents, nn.Module], StoredTensors]
     template: Callable[[Contents, PreTrainedTokenizerBase], str] = the_own_template
     names_parts: bool = False

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from mmit.config import CustomPart
+from mmit.encoding import Style
 from mmit.errors import CheckpointError
 from mmit.images import ImageSpec
 from mmit.models import hub_files
@@ -105,7 +106,7 @@ def spec(contents: Contents, image: ImageInput, tokens: int) -> ImageSpec:
     return ImageSpec(size=image.size, mean=image.mean, std=image.std, resize=resize, tokens_per_tile=tokens)
 
 
-def style(contents: Contents) -> Literal["hf", "llava"]:
+def style(contents: Contents) -> Style:
     """As ``mmit.json`` says; transformers' own style in a directory that mmit did not write."""
     return contents.own.get("text_style", "hf")
 
