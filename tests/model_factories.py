@@ -35,7 +35,7 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 _SEED = 20240501
 
 
-def _save(model: PreTrainedModel, directory: Path) -> None:
+def randomize(model: PreTrainedModel) -> None:
     """Give every tensor weights from a fixed seed, large enough that logits depend visibly on tokens and images."""
     generator = torch.Generator().manual_seed(_SEED)
     for name, parameter in model.named_parameters():
@@ -45,6 +45,10 @@ def _save(model: PreTrainedModel, directory: Path) -> None:
         else:
             center = 1.0 if "norm" in name and name.endswith("weight") else 0.0
             parameter.data = center + 0.1 * noise
+
+
+def _save(model: PreTrainedModel, directory: Path) -> None:
+    randomize(model)
     model.save_pretrained(directory)
 
 

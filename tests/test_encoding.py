@@ -153,6 +153,16 @@ def test_llava_style_is_sentencepiece_on_each_piece_between_images(tmp_path: Pat
     assert known.tokenizer.convert_ids_to_tokens(ids.tolist()) == ["<s>", "▁a", "<image>", "<0x0A>", "b"]
 
 
+def test_blip_style_puts_the_pictures_that_open_a_text_before_the_start_token(llama: PreparedTokenizer) -> None:
+    image, plain = llama.image_id, llama.tokenizer
+    ids, trained = encode(
+        Rendered("<image><image>What? Red.<image>", ((19, 24),)), plain, [2, 1, 1], image_id=image, style="blip"
+    )
+    assert ids.tolist() == [image] * 3 + [1] + plain.encode("What? Red.", add_special_tokens=False) + [image]
+    answer = plain.convert_ids_to_tokens(ids[trained].tolist())
+    assert "".join(answer) == "▁Red."
+
+
 @pytest.mark.parametrize(("name", "kind"), [("vicuna", "llama"), ("llama2", "llama"), ("qwen", "qwen")])
 def test_the_ids_are_those_of_the_processor_of_transformers(name: str, kind: str, llama, qwen) -> None:
     from transformers import CLIPImageProcessor, LlavaProcessor

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmit.config import Lora
+from mmit.encoding import Style
 from mmit.errors import CheckpointError
 from mmit.models.adapter_names import BASE, CONFIG, WEIGHTS, holds_adapter, is_adapter, split_adapter_name
 from mmit.models.adapters import AdapterShape, adapted_layers, add_adapter, merge_adapter, shape_of
@@ -42,15 +43,15 @@ _NOT_COPIED = ("config.json", "generation_config.json", "open_clip_config.json")
 
 
 def write_adapter(
-    model: VisionLanguageModel, state: Mapping[str, Tensor] | None, directory: Path, *, place: Path
+    model: VisionLanguageModel, state: Mapping[str, Tensor] | None, directory: Path, *, place: Path, style: Style
 ) -> None:
     """Write the adapter of a model into ``directory``, whose ``base/`` is written.
 
     state: all tensors by their names in memory, where they are not in the model itself. place: where the directory
-    will be, by which peft finds the base.
+    will be, by which peft finds the base. style: how text around images is tokenized.
     """
     tensors = dict(model.named_parameters()) if state is None else state
-    module_name = choose_writer(model)[1].module_name
+    module_name = choose_writer(model, style)[1].module_name
     stored: dict[str, Tensor] = {}
     for name in filter(is_adapter, dict(model.named_parameters())):
         module, own = split_adapter_name(name)
@@ -68,7 +69,9 @@ def write_adapter(
     )
     config.save_pretrained(str(directory))
     for file in (directory / BASE).iterdir():
-        if file.suffix != ".safetensors" and not file.name.endswith(".index.json") and file.name not in _NOT_COPIED:
+        if file.is_dir():
+            shutil.copytree(file, directory / file.name)
+        elif file.suffix != ".safetensors" and not file.name.endswith(".index.json") and file.name not in _NOT_COPIED:
             shutil.copy(file, directory / file.name)
     own_file = directory / "mmit.json"
     described = asdict(shape) | {"modules": len(shape.modules)}

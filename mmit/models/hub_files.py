@@ -7,6 +7,7 @@ dictionaries; ``save`` writes them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -62,6 +63,11 @@ def text_config(language_model: PreTrainedModel, *, dtype: torch.dtype) -> dict[
             plain = ("rope_theta", "partial_rotary_factor")
             config["rope_scaling"] = {name: value for name, value in rope.items() if name not in plain}
     return config
+
+
+def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without what transformers writes into every one and means nothing in this one."""
+    return {name: value for name, value in config.items() if name not in (*NOISE, "architectures")}
 
 
 def vision_config(tower: nn.Module) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def save_model(
         if adapted:
             from mmit.models.adapter_files import write_adapter
 
-            write_adapter(loaded.model, state, fresh, place=directory)
+            write_adapter(loaded.model, state, fresh, place=directory, style=loaded.style)
         _take_place(fresh, directory)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -89,7 +89,7 @@ def _write(
         tensors = {name: gathered[name] for name in tensors}
     tensors |= unpacked(model)
     dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
-    form, writer, reasons = choose_writer(model)
+    form, writer, reasons = choose_writer(model, loaded.style)
     stored = to_disk(model.vision_tower, {name: t.detach().cpu() for name, t in tensors.items()})
     _write_weights({writer.disk_name(name): tensor for name, tensor in stored.items()}, directory)
     _write_json(directory / "config.json", writer.config(loaded, dtype))

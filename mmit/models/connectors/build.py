@@ -27,6 +27,7 @@ from mmit.models.connectors.interface import Connector
 from mmit.models.connectors.mlp import MlpProjector
 from mmit.models.connectors.perceiver import PerceiverResampler
 from mmit.models.connectors.pixel_shuffle import PixelShuffleProjector
+from mmit.models.connectors.qformer import QFormer, Reading, Shape
 from mmit.models.plugins import make_custom
 from mmit.tokenizer import load_tokenizer
 
@@ -71,8 +72,6 @@ def _perceiver(section: PerceiverConnector, sizes: _Sizes) -> nn.Module:
 
 
 def _qformer(section: QFormerConnector, sizes: _Sizes) -> nn.Module:
-    from mmit.models.connectors.qformer import QFormer, Reading, Shape
-
     shape = Shape(
         hidden_size=section.hidden,
         num_hidden_layers=section.depth,

@@ -67,7 +67,8 @@ class QFormer(nn.Module):
             "attention_probs_dropout_prob": dropout,
         }
         if reading is None:
-            self.qformer: nn.Module = Blip2QFormerModel(Blip2QFormerConfig(**sizes, use_qformer_text_input=False))
+            blind = Blip2QFormerConfig(**sizes, use_qformer_text_input=False)
+            self.qformer: Blip2QFormerModel | InstructBlipQFormerModel = Blip2QFormerModel(blind)
         else:
             self.instruction_tokenizer = reading.tokenizer
             self.instruction_length = reading.length

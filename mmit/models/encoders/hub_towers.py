@@ -1,4 +1,4 @@
-"""Vision towers of transformers: CLIP, SigLIP (and SigLIP 2 of fixed size), DINOv2, DINOv3.
+"""Vision towers of transformers: CLIP, SigLIP (and SigLIP 2 of fixed size), DINOv2, DINOv3, BLIP-2, InstructBLIP.
 
 All layers behind the last one that is read stay in memory, so that the tower can be saved whole, and are never run.
 """
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    Blip2VisionConfig,
+    Blip2VisionModel,
     CLIPVisionConfig,
     CLIPVisionModel,
     Dinov2Config,
@@ -23,6 +25,8 @@ from transformers import (
     Dinov2WithRegistersModel,
     DINOv3ViTConfig,
     DINOv3ViTModel,
+    InstructBlipVisionConfig,
+    InstructBlipVisionModel,
     PreTrainedConfig,
     PreTrainedModel,
     SiglipVisionConfig,
@@ -58,10 +62,13 @@ class _Family:
     prefix: str = "vision_tower."
     renamed: tuple[tuple[str, str], ...] = ()
     """Parts of names in memory, and in their place on disk: what transformers itself writes."""
+    norm: str = ""
+    """A norm that belongs to the output of the last layer: what the family's models read."""
 
 
 _CLIP_PREFIX = "vision_tower.vision_model."
 _CLIP_POSITIONS, _DINO_POSITIONS = "embeddings.position_embedding.weight", "embeddings.position_embeddings"
+_BLIP_POSITIONS = "embeddings.position_embedding"
 FAMILIES = {
     "clip_vision_model": _Family(
         CLIPVisionConfig, CLIPVisionModel, "encoder.layers", _CLIP_POSITIONS, 1, prefix=_CLIP_PREFIX
@@ -73,6 +80,12 @@ FAMILIES = {
     "dinov2_with_registers": _Family(
         Dinov2WithRegistersConfig, Dinov2WithRegistersModel, "encoder.layer", _DINO_POSITIONS, 1, renamed=_DINO
     ),
+    "blip_2_vision_model": _Family(
+        Blip2VisionConfig, Blip2VisionModel, "encoder.layers", _BLIP_POSITIONS, 1, norm="post_layernorm"
+    ),
+    "instructblip_vision_model": _Family(
+        InstructBlipVisionConfig, InstructBlipVisionModel, "encoder.layers", _BLIP_POSITIONS, 1, norm="post_layernorm"
+    ),
     # its positions are rotary: computed from the size of the picture
     "dinov3_vit": _Family(
         DINOv3ViTConfig, DINOv3ViTModel, "model.layer", None, 1, renamed=(("model.layer.", "layer."),)
@@ -80,12 +93,17 @@ FAMILIES = {
 }
 """By the ``model_type`` of a vision configuration."""
 
+_BLIP_NAMES = {r"^vision_model\.": ""}
+_HOLDING_A_TOWER = {"clip": None, "siglip": None, "blip-2": _BLIP_NAMES, "instructblip": _BLIP_NAMES}
+"""Whole models whose tower can be taken, and what transformers does not know of their names."""
+
 
 class TransformersTower(nn.Module):
     """A tower of transformers, read at one hidden state or at several, whose features are joined along the width.
 
     layer: counted as in transformers' ``hidden_states``: 0 the embeddings, -1 the output of the last layer (without
-    the final norm), -2 the layer before it. cls: what becomes of the class token. Register tokens are dropped.
+    the final norm; with it for BLIP-2 and InstructBLIP, whose models read that), -2 the layer before it. cls: what
+    becomes of the class token. Register tokens are dropped.
     """
 
     def __init__(self, model: PreTrainedModel, *, layer: Layer, cls: Cls, image: ImageInput) -> None:
@@ -107,7 +125,7 @@ class TransformersTower(nn.Module):
         """Patch features (N, P, width) of normalised pixels (N, 3, H, W)."""
         model: Any = self.model
         hidden = model.embeddings(pixels)
-        context: dict[str, Any] = {"attention_mask": None}
+        context: dict[str, Any] = {} if self.family.norm else {"attention_mask": None}
         if isinstance(model, CLIPVisionModel):
             hidden = model.pre_layrnorm(hidden)
         elif isinstance(model, DINOv3ViTModel):
@@ -116,6 +134,8 @@ class TransformersTower(nn.Module):
         states: dict[int, Tensor] = {}
         for number in range(max(self.reads) + 1):
             hidden = layers[number - 1](hidden, **context) if number else hidden
+            if number == self.depth and self.family.norm:
+                hidden = model.get_submodule(self.family.norm)(hidden)
             if number in self.reads:
                 states[number] = self._chosen(hidden)
         return joined(states, self.reads)
@@ -138,6 +158,8 @@ class TransformersTower(nn.Module):
         why = None
         if self.registers:
             why = f"its classes take the {self.registers} register tokens of the encoder for patches"
+        if self.family.norm:
+            why = "its classes leave out the final norm of this encoder"
         return HubForm(
             config={name: value for name, value in self.model.config.to_dict().items() if name not in dropped},
             prefix=self.family.prefix,
@@ -158,7 +180,7 @@ def read_tower(path: str, *, layer: Layer, cls: Cls, image_size: int | None, dty
     image_size: another input size in pixels than the tower's own. Raises ConfigError.
     """
     config: Any = _read_config(path)
-    vision = config.vision_config if config.model_type in ("clip", "siglip") else config
+    vision = config.vision_config if config.model_type in _HOLDING_A_TOWER else config
     if config.model_type.startswith("siglip2"):
         raise ConfigError(
             f"model.encoder.path: {path} is a SigLIP 2 of variable shape (NaFlex), which has no fixed grid of patches; "
@@ -167,10 +189,12 @@ def read_tower(path: str, *, layer: Layer, cls: Cls, image_size: int | None, dty
     if vision.model_type not in FAMILIES:
         raise ConfigError(
             f"model.encoder.path: {path} holds a model of type '{config.model_type}'; built in are CLIP, SigLIP, "
-            "DINOv2 and DINOv3 ViTs, another encoder is given as type: package.module:Class"
+            "DINOv2, DINOv3, BLIP-2 and InstructBLIP ViTs, another encoder is given as type: package.module:Class"
         )
     reader = FAMILIES[vision.model_type].model
-    model, report = reader.from_pretrained(path, config=vision, dtype=dtype, output_loading_info=True)
+    model, report = reader.from_pretrained(
+        path, config=vision, dtype=dtype, output_loading_info=True, key_mapping=_HOLDING_A_TOWER.get(config.model_type)
+    )
     if report["missing_keys"]:
         some = ", ".join(sorted(report["missing_keys"])[:3])
         raise ConfigError(
@@ -192,7 +216,8 @@ def tower_from_config(
     kind = config.get("model_type", "")
     if kind not in FAMILIES:
         raise ConfigError(
-            f"vision_config.model_type '{kind}' is not known; CLIP, SigLIP, DINOv2 and DINOv3 towers can be read"
+            f"vision_config.model_type '{kind}' is not known; CLIP, SigLIP, DINOv2, DINOv3, BLIP-2 and InstructBLIP "
+            "towers can be read"
         )
     fields = {name: value for name, value in config.items() if name != "model_type"}
     model = FAMILIES[kind].model._from_config(FAMILIES[kind].config(**fields), dtype=dtype)
@@ -251,15 +276,24 @@ def _read_config(path: str) -> PreTrainedConfig:
 
 
 def _read_processor(path: str) -> dict[str, Any]:
+    """The image processor's settings: its own file, or part of the one that version 5 writes for a whole model."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (file := _file(path, name)) is not None:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            found = found if name.startswith("pre") else found.get("image_processor")
+            if found is not None:
+                return found
+    raise ConfigError(
+        f"model.encoder.path: {path} has no preprocessor_config.json, so the mean and std of its pixels are "
+        "unknown; copy it from the model's origin"
+    )
+
+
+def _file(path: str, name: str) -> Path | None:
     from transformers.utils.hub import cached_file
 
-    file = Path(path) / "preprocessor_config.json"
-    found = str(file) if file.is_file() else None
-    if found is None and not Path(path).is_dir():
-        found = cached_file(path, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
-    if found is None:
-        raise ConfigError(
-            f"model.encoder.path: {path} has no preprocessor_config.json, so the mean and std of its pixels are "
-            "unknown; copy it from the model's origin"
-        )
-    return json.loads(Path(found).read_text(encoding="utf-8"))
+    file = Path(path) / name
+    if file.is_file() or Path(path).is_dir():
+        return file if file.is_file() else None
+    found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+    return Path(found) if found else None

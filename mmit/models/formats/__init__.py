@@ -8,9 +8,11 @@ the table.
 
 from __future__ import annotations
 
+from mmit.encoding import Style
 from mmit.errors import CheckpointError, ConfigError
 from mmit.models.formats.contents import Contents, read_contents, read_json
 from mmit.models.formats.form import Format, Writer
+from mmit.models.formats.instructblip import INSTRUCTBLIP
 from mmit.models.formats.llava import LLAVA
 from mmit.models.formats.llava_next import LLAVA_NEXT, LLAVA_ONEVISION
 from mmit.models.formats.original import ORIGINAL
@@ -18,7 +20,7 @@ from mmit.models.formats.own import OWN
 from mmit.models.loaded import FORMAT
 from mmit.models.vlm import VisionLanguageModel
 
-FORMATS: tuple[Format, ...] = (ORIGINAL, LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, OWN)
+FORMATS: tuple[Format, ...] = (ORIGINAL, LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, INSTRUCTBLIP, OWN)
 """All formats, in the order in which they are asked; for writing, the first one that can hold the model is taken.
 
 The original code's comes first: its directories may call themselves ``llava`` too, and would else be taken for a model
@@ -47,13 +49,21 @@ def detect(contents: Contents) -> Format:
     )
 
 
-def choose_writer(model: VisionLanguageModel) -> tuple[Format, Writer, tuple[str, ...]]:
-    """The first format that can hold ``model``, its writer, and why the formats before it cannot."""
+def choose_writer(model: VisionLanguageModel, style: Style) -> tuple[Format, Writer, tuple[str, ...]]:
+    """The first format that can hold ``model``, its writer, and why the formats before it cannot.
+
+    style: how text around images is tokenized for the model.
+    """
     reasons: list[str] = []
     for form in FORMATS:
         if form.write is None:
             continue
         reason = form.write.why_not(model)
+        if reason is None and form.write.style not in ("", style):
+            reason = (
+                f"its processor writes text in the style '{form.write.style}', this model reads '{style}' "
+                "(model.language_model.text_style)"
+            )
         if reason is None:
             return form, form.write, tuple(reasons)
         reasons.append(reason)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -30,7 +31,8 @@ class Writer:
 
     why_not: why the format cannot hold a model, or None where it can. config: ``config.json``. files: the further JSON
     files, by name. disk_name: the format's name for a tensor that the hub's LLaVA models call so (see layout.py).
-    module_name: what a module is called in the class that opens the format, for the files of an adapter.
+    module_name: what a module is called in the class that opens the format, for the files of an adapter. style: how the
+    format's processor writes text around images; "" for any.
     """
 
     why_not: Callable[[VisionLanguageModel], str | None]
@@ -39,6 +41,7 @@ class Writer:
     processor_class: str = "LlavaProcessor"
     disk_name: Callable[[str], str] = str
     module_name: Callable[[str], str] = str
+    style: Style | Literal[""] = ""
 
 
 def the_own_template(_: Contents, __: PreTrainedTokenizerBase) -> str:
