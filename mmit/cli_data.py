@@ -159,6 +159,34 @@ def plan(
         Console().print(table)
 
 
+@app.command("cache")
+def cache(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The run file (YAML).")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...")] = None,
+    stage: Annotated[
+        str | None, typer.Option(help="This stage only; else all that name a folder for features.")
+    ] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Processes; else one per accelerator.")] = None,
+) -> None:
+    """Write what the frozen encoder makes of a stage's pictures; says first what it brings and takes."""
+    import os
+
+    from mmit.config import load_config
+    from mmit.data.parallel import usable_cores
+    from mmit.train.launch import check_stages
+    from mmit.train.stage import prepare_process
+
+    config = load_config(file, overrides)
+    check_stages(config, stage)
+    os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
+    prepare_process()
+    from mmit.train.feature_cache import cache_features, stages_with_features
+
+    for name in stages_with_features(config, stage):
+        command = ["data", "cache", str(file), *(overrides or [])]
+        cache_features(config, name, command, ranks=ranks, say=typer.echo)
+
+
 @app.command("recipes")
 def recipes() -> None:
     """List the recipes: published sets that `mmit data convert NAME` turns into shards."""

@@ -79,12 +79,13 @@ def encode_conversation(
     image_id: int,
     style: Style = "hf",
     pixels: bool = True,
-    features: Callable[[bytes], Tensor] | None = None,
+    features: Callable[..., Tensor] | None = None,
     instructions: InstructionReader | None = None,
 ) -> Encoded:
     """One sample for the model. ``pixels=False`` decodes nothing: lengths are known from ``conversation.sizes``.
 
-    features: gives what the encoder makes of an encoded image, (tiles, P, D_vision); taken in place of its pixels.
+    features: called as ``features(image, images=...)`` with an encoded image and how many its sample has, gives what
+    the encoder makes of it, (tiles, P, D_vision); taken in place of its pixels.
     instructions: for a connector that reads them.
 
     Raises DataError, naming the record, if the images and their places do not match, an image cannot be read, the
@@ -107,8 +108,8 @@ def encode_conversation(
     if pixels and order:
         if not conversation.images:
             raise DataError(f"record '{record}' came without the bytes of its {len(order)} images")
-        prepare = partial(spec.prepare, images=len(order))
-        taken, take = (tiles, prepare) if features is None else (found, features)
+        taken = tiles if features is None else found
+        take = partial(features or spec.prepare, images=len(order))
         taken += [_taken(take, conversation, index, spec, plan) for index, plan in zip(order, plans, strict=True)]
     return Encoded(
         id=record,

@@ -91,6 +91,11 @@ class Data(Section):
     """Folder for shards from a URL (and for what cannot be written beside the shards)."""
     cache_gb: PositiveFloat = 100.0
     """Most gigabytes (10^9 bytes) of shards from URLs in ``cache``; the least recently used make room."""
+    features: str = "none"
+    """Folder with the outputs of the frozen encoder (made by ``mmit data cache``), which are read in place of the
+    pictures; the encoder is not loaded then. ``none``: pictures pass the encoder."""
+    missing_features: Literal["error", "compute"] = "error"
+    """Where the folder lacks pictures of the stage: stop, or make their features before the first step."""
 
     @model_validator(mode="after")
     def _draws_are_stated_once(self) -> Data:

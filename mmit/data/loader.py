@@ -6,18 +6,18 @@ sample is a hole in its row: nothing moves into its place, it is counted and lis
 
 from __future__ import annotations
 
-import atexit
-import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import Dataset, get_worker_info
 
 from mmit.batch import Batch, Encoded, collate
 from mmit.conversation import Conversation
+from mmit.data.ahead import made_ahead
 from mmit.data.faults import BadSample, MissingShardError, StorageError, first_three
 from mmit.data.lengths import cut_turns
 from mmit.data.plan import EMPTY, Plan, Row
@@ -42,8 +42,9 @@ class Loader:
 
     encode: makes a sample ready; picklable; raises DataError for a broken one.
     workers: processes that read ahead; 0 reads in this one. The batches do not depend on their number.
-    image_size: (H, W) of a tile. max_skipped: share of the plan's samples that may be broken.
-    on_missing_shard: ``skip`` takes the samples of a shard that went away for broken ones; ``error`` ends the run.
+    image_size: (H, W) of a tile. feature_size: (P, D_vision) where samples come with features. max_skipped: share of
+    the plan's samples that may be broken. on_missing_shard: ``skip`` takes the samples of a shard that went away for
+    broken ones; ``error`` ends the run.
 
     by_source: batches tell whose each label is.
 
@@ -62,6 +63,7 @@ class Loader:
         workers: int,
         pad_id: int,
         image_size: tuple[int, int],
+        feature_size: tuple[int, int] | None = None,
         start_step: int = 0,
         max_skipped: float = 0.0,
         by_source: bool = False,
@@ -78,39 +80,25 @@ class Loader:
         rows_of_rank = -(-plan.rows_per_step // world)
         self.micro_batches = -(-rows_of_rank // rows_per_micro_batch)
         self.by_source = by_source
+        self.feature_size = feature_size
         self._batches = _MicroBatches(self, encode, rows_per_micro_batch, pad_id, image_size)
         # a line for each process that reads: source + 1 (0: none), sample, monotonic seconds at the start
         self._next_step = start_step
         self._at = torch.zeros((workers + 1, 3), dtype=torch.float64).share_memory_()
 
     def __iter__(self) -> Iterator[StepBatches]:
-        source = DataLoader(
-            self._batches,
-            batch_size=None,
-            num_workers=self.workers,
-            prefetch_factor=max(2, self.micro_batches) if self.workers else None,
-            worker_init_fn=_ignore_signals,
-            pin_memory=torch.cuda.is_available(),
-            in_order=True,
-        )
-        # The workers ignore SIGTERM, with which multiprocessing would end them at exit and then wait for them: the only
-        # reference to them is dropped instead, here or at exit, and torch closes them.
-        made: list[Iterator[Made]] = [iter(source)]
-        atexit.register(made.clear)
-        try:
+        made = made_ahead(self._batches, workers=self.workers, ahead=self.micro_batches)
+        with closing(made):
             yield from self._steps(made)
-        finally:
-            made.clear()
-            atexit.unregister(made.clear)
 
-    def _steps(self, made: list[Iterator[Made]]) -> Iterator[StepBatches]:
+    def _steps(self, made: Iterator[Made]) -> Iterator[StepBatches]:
         skipped = 0
         for step in range(self.start_step, self.plan.steps):
             self._next_step = step
             batches: list[Batch] = []
             holes: list[BadSample] = []
             for _ in range(self.micro_batches):
-                batch, bad, failure = next(made[0])
+                batch, bad, failure = next(made)
                 if failure:
                     raise DataError(failure)
                 batches.append(batch)
@@ -180,6 +168,7 @@ class _MicroBatches(Dataset[Made]):
             [[encoded for _, encoded in row] for row in made],
             pad_id=self.pad_id,
             image_size=self.image_size,
+            feature_size=self.loader.feature_size,
             sources=[[source for source, _ in row] for row in made] if self.loader.by_source else None,
             source_count=len(self.loader.plan.sources),
         )
@@ -223,13 +212,3 @@ class _MicroBatches(Dataset[Made]):
                 "the length table was made with another tokenizer, template or image size, or the shard was replaced"
             )
         return encoded
-
-
-def _ignore_signals(worker: int) -> None:
-    """Keep workers alive through Ctrl-C and a scheduler's SIGTERM, which reach the whole process group.
-
-    The rank needs them to finish its step. They end when the loader is closed, and notice when the rank is gone.
-    """
-    del worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from safetensors import safe_open
 from torch import nn
 
 CONFIG = "adapter_config.json"
@@ -75,3 +76,9 @@ def holds_adapter(directory: Path) -> bool:
 def base_directory(directory: Path) -> Path:
     """Where the weights are that an adapter stands beside: the directory itself where it holds none."""
     return directory / BASE if holds_adapter(directory) else directory
+
+
+def adapts_tower(directory: Path) -> bool:
+    """True where the adapter of a model directory has layers in the vision tower."""
+    with safe_open(directory / WEIGHTS, framework="pt") as stored:
+        return any("vision_tower." in name for name in stored.keys())  # noqa: SIM118  (no mapping)

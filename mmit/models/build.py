@@ -7,6 +7,7 @@ from torch import nn
 
 from mmit.config import ComposedModel, WholeModel
 from mmit.images import ImageSpec, View
+from mmit.models.absent import AbsentTower, frame_of
 from mmit.models.connectors import Connector, build_connector, instruction_reader
 from mmit.models.encoders import VisionEncoder, build_encoder, encoders_of, section_of
 from mmit.models.language_models import check_vocabulary, grow_embeddings, read_language_model, token_table
@@ -19,20 +20,24 @@ from mmit.tokenizer import load_tokenizer, prepare_tokenizer
 
 
 def build_model(
-    section: ComposedModel | WholeModel, *, dtype: torch.dtype, seed: int, adapter: Adapter = "merge"
+    section: ComposedModel | WholeModel,
+    *,
+    dtype: torch.dtype,
+    seed: int,
+    adapter: Adapter = "merge",
+    tower: AbsentTower | None = None,
 ) -> LoadedModel:
     """The model of a run file, in eval mode on the CPU; the fresh connector depends on ``seed`` alone.
 
-    adapter: what becomes of the one that a model directory holds.
-    Raises ConfigError or CheckpointError for parts that are missing or do not fit.
+    adapter: what becomes of the one that a model directory holds. tower: stands in the tower's place, which is then not
+    read. Raises ConfigError or CheckpointError for parts that are missing or do not fit.
     """
     if isinstance(section, WholeModel):
-        return load_model(section, dtype=dtype, adapter=adapter)
-    return _compose(section, dtype=dtype, seed=seed)
+        return load_model(section, dtype=dtype, adapter=adapter, absent=tower)
+    return _compose(section, tower or build_encoder(section.encoder, dtype=dtype), dtype=dtype, seed=seed)
 
 
-def _compose(section: ComposedModel, *, dtype: torch.dtype, seed: int) -> LoadedModel:
-    tower = build_encoder(section.encoder, dtype=dtype)
+def _compose(section: ComposedModel, tower: nn.Module, *, dtype: torch.dtype, seed: int) -> LoadedModel:
     assert isinstance(tower, VisionEncoder), "build_encoder checks it"
     llm_path = section.language_model.path
     language_model = read_language_model(llm_path, dtype=dtype)
@@ -50,7 +55,7 @@ def _compose(section: ComposedModel, *, dtype: torch.dtype, seed: int) -> Loaded
         dtype=dtype,
     )
     assert isinstance(connector, Connector), "build_connector checks it"
-    spec = image_spec(section, tower, connector)
+    spec = image_spec(section, frame_of(tower), connector)
     return LoadedModel(
         model=VisionLanguageModel(
             vision_tower=tower,

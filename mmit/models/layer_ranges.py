@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from mmit.errors import ConfigError
+from mmit.models.absent import frame_of
 from mmit.models.encoders import FusedTower, LayeredTower
 
 _RANGE = re.compile(r"(vision_tower|language_model)(?:\.(\d+))?\.layers\.(\d+)(?:(-)(\d*))?")
@@ -42,7 +43,7 @@ def parse_range(pattern: str) -> LayerRange | None:
 def names_in_range(model: nn.Module, pattern: str, layers: LayerRange, names: list[str]) -> list[str]:
     """Those of the parameters ``names`` in these layers. Raises ConfigError, with the layers there are, for none."""
     names = [name for name in names if name.startswith(f"{layers.part}.")]
-    lists = _layer_lists(model.get_submodule(layers.part), layers.part, names)
+    lists = _layer_lists(frame_of(model.get_submodule(layers.part)), layers.part, names)
     if layers.encoder is not None:
         lists = lists[layers.encoder : layers.encoder + 1] if layers.part == "vision_tower" and len(lists) > 1 else []
     chosen = [

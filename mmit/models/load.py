@@ -14,6 +14,7 @@ from transformers.initialization import no_init_weights
 from mmit.config import Connector as ConnectorSection
 from mmit.config import WholeModel
 from mmit.errors import CheckpointError
+from mmit.models.absent import AbsentTower, frame_of
 from mmit.models.adapter_names import base_directory, holds_adapter
 from mmit.models.connectors import Connector, build_connector, instruction_reader
 from mmit.models.encoders import LayeredTower, VisionEncoder
@@ -35,11 +36,17 @@ Adapter = Literal["merge", "keep", "drop"]
 """What becomes of the adapter of a directory: added to the weights, put beside them, or not read."""
 
 
-def load_model(model: WholeModel | Path | str, *, dtype: torch.dtype, adapter: Adapter = "merge") -> LoadedModel:
+def load_model(
+    model: WholeModel | Path | str,
+    *,
+    dtype: torch.dtype,
+    adapter: Adapter = "merge",
+    absent: AbsentTower | None = None,
+) -> LoadedModel:
     """The model in a directory (or in a stage's folder), in eval mode on the CPU.
 
-    model: the directory, or a run file's section with its base, tower and template. Raises CheckpointError that names
-    the file, or lists the tensors, that do not fit.
+    model: the directory, or a run file's section with its base, tower and template. absent: stands in the tower's
+    place, which is then not read. Raises CheckpointError that names the file, or lists the tensors, that do not fit.
     """
     section = model if isinstance(model, WholeModel) else WholeModel(path=str(model))
     contents, form = open_section(section)
@@ -49,6 +56,8 @@ def load_model(model: WholeModel | Path | str, *, dtype: torch.dtype, adapter: A
     projector = frame.get_submodule("multi_modal_projector")
     assert isinstance(tower, VisionEncoder)
     assert isinstance(projector, Connector)
+    if absent is not None:
+        frame.vision_tower = absent
     language_model = frame.get_submodule("language_model")
     assert isinstance(language_model, PreTrainedModel)
     rows = token_table(language_model).num_embeddings
@@ -70,7 +79,7 @@ def load_model(model: WholeModel | Path | str, *, dtype: torch.dtype, adapter: A
         vocabulary = rows  # the rows for <image> and padding are no words that the model was trained not to say
     template = chosen_template(section, contents, form, prepared.tokenizer)
     made = VisionLanguageModel(
-        vision_tower=tower,
+        vision_tower=absent or tower,
         connector=projector,
         language_model=language_model,
         spec=spec,
@@ -101,7 +110,7 @@ def load_weights(model: VisionLanguageModel, path: Path | str, *, adapter: Adapt
     directory = find_model_directory(path)
     contents = read_contents(directory)
     form = detect(contents)
-    tower = model.vision_tower
+    tower = frame_of(model.vision_tower)
     config = contents.config
     if "vision_feature_layer" in config and isinstance(tower, LayeredTower):
         there = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -33,14 +33,21 @@ class TrainGroup:
 
 
 def apply_rules(
-    model: nn.Module, rules: Mapping[str, float], *, idle: frozenset[str] = frozenset(), unused: Callable[[], set[str]]
+    model: nn.Module,
+    rules: Mapping[str, float],
+    *,
+    idle: frozenset[str] = frozenset(),
+    unused: Callable[[], set[str]],
+    absent: Sequence[str] = (),
 ) -> list[TrainGroup]:
     """Set ``requires_grad`` of every parameter by ``rules`` and return one group per rule that trains something.
 
     idle: parameters that no output depends on; they are never trained (an optimizer would only decay them). unused:
-    gives those of the tower, asked only when it is to be trained. Raises ConfigError for a rule that matches nothing.
+    gives those of the tower, asked only when it is to be trained. absent: names of parameters that are not there, since
+    their outputs are read from disk; ``check_frozen`` has been asked about them. Raises ConfigError for a rule that
+    matches nothing.
     """
-    names = [name for name, _ in model.named_parameters()]
+    names = [*(name for name, _ in model.named_parameters()), *absent]
     winner: dict[str, str] = {}
     matched: dict[str, list[str]] = {}
     for pattern in rules:
@@ -66,6 +73,37 @@ def apply_rules(
         for pattern, lr in rules.items()
     ]
     return [group for group in groups if group.names]
+
+
+def check_frozen(rules: Mapping[str, float], tower: nn.Module, *, adapted: Sequence[str] = ()) -> None:
+    """Raise ConfigError where a rule trains a tower whose outputs are read from disk.
+
+    tower: a module with the tower as its child ``vision_tower``. adapted: patterns of layers that get an adapter.
+    """
+    layers = [name.rpartition(".")[0] for name, _ in tower.named_parameters()]
+    if target := next((pattern for pattern in adapted if _matches_in(tower, pattern, layers)), None):
+        raise ConfigError(
+            f"lora.targets: '{target}' means layers of the vision tower, whose outputs are read from data.features; "
+            "leave them out, or set data.features to none"
+        )
+    if rule := training_rule(rules, tower):
+        raise ConfigError(
+            f"train: the rule '{rule}' trains the vision tower, whose outputs are read from data.features; freeze it, "
+            "or set data.features to none"
+        )
+
+
+def training_rule(rules: Mapping[str, float], model: nn.Module) -> str | None:
+    """The rule that trains a parameter of ``model``, which may hold some of the parts only; None for frozen ones."""
+    names = [name for name, _ in model.named_parameters()]
+    winner = {name: pattern for pattern in rules for name in _matches_in(model, pattern, names)}
+    return next((pattern for pattern in winner.values() if rules[pattern] > 0), None)
+
+
+def _matches_in(model: nn.Module, pattern: str, names: list[str]) -> list[str]:
+    """As ``_matches`` for a model that holds some of the parts only."""
+    named = parse_range(pattern)
+    return [] if named is not None and not hasattr(model, named.part) else _matches(model, pattern, names)
 
 
 def _matches(model: nn.Module, pattern: str, names: list[str]) -> list[str]:

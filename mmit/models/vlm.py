@@ -19,6 +19,7 @@ from mmit.batch import IGNORE, Batch, Encoded, collate
 from mmit.errors import ConfigError, DataError
 from mmit.images import ImageSpec, normalize
 from mmit.models import generation
+from mmit.models.absent import AbsentTower
 from mmit.models.attention import attention_arguments
 from mmit.models.attention_choice import packing_fault, set_attention, sliding_window
 from mmit.models.connectors import idle_parameters, reads_instruction
@@ -205,7 +206,8 @@ class VisionLanguageModel(nn.Module):
         -> learning rate; later rules win, 0 freezes. Raises ConfigError for a rule that matches nothing.
         """
         idle = frozenset(f"multi_modal_projector.{name}" for name in idle_parameters(self.multi_modal_projector))
-        return apply_rules(self, rules, idle=idle, unused=self._unused_in_tower)
+        absent = self.vision_tower.names if isinstance(self.vision_tower, AbsentTower) else ()
+        return apply_rules(self, rules, idle=idle, unused=self._unused_in_tower, absent=absent)
 
     def enable_activation_checkpointing(self) -> None:
         """Recompute the activations of the language model's layers in the backward pass. Raises ConfigError."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmit.errors import CheckpointError
+from mmit.models.absent import frame_of
 from mmit.models.layout import disk_names, tensors_of, tied_names
 from mmit.models.placement import Placement, placement
 from mmit.models.stored import StoredTensors
@@ -17,19 +18,26 @@ from mmit.models.stored import StoredTensors
 _SHOWN = 5
 
 
-def read_into(model: nn.Module, stored: StoredTensors) -> None:
+def read_into(model: nn.Module, stored: StoredTensors, *, part: str = "") -> None:
     """Fill a model (children vision_tower, multi_modal_projector, language_model) with the tensors of a directory.
 
-    Under the placement in force: one parameter at a time is whole. Raises CheckpointError that lists every missing,
-    unexpected, empty or wrongly shaped tensor before anything is written, and every one with values that are not
-    finite.
+    part: the beginning of the names to read; all others in the directory are passed over, as are those of an absent
+    tower. Under the placement in force: one parameter at a time is whole. Raises CheckpointError that lists every
+    missing, unexpected, empty or wrongly shaped tensor before anything is written, and every one with values that are
+    not finite.
     """
     kept = placement()
     targets = dict(tensors_of(model))
-    sources = disk_names(model.get_submodule("vision_tower"), targets)
+    tower = model.get_submodule("vision_tower")
+    frame = frame_of(tower)
+    sources = disk_names(frame, targets)
     tied = {second: sources[first] for second, first in tied_names(model).items() if second in stored.shapes}
     shapes = {name: kept.shape(target) for name, target in targets.items()}
-    _check(stored.where, stored.shapes, shapes, sources, allowed=set(tied))
+    passed_over = {name for name in stored.shapes if not name.startswith(part)}
+    if frame is not tower:
+        absent = disk_names(frame, [f"vision_tower.{name}" for name, _ in tensors_of(frame)])
+        passed_over |= {name for pieces in absent.values() for name in pieces}
+    _check(stored.where, stored.shapes, shapes, sources, allowed=set(tied) | passed_over)
     problems: dict[str, list[str]] = defaultdict(list)
     for name, target in targets.items():
         if not _fill(target, stored, sources[name], kept):

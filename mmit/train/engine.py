@@ -11,7 +11,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from mmit.config import Zero
-from mmit.distributed import world_size
+from mmit.distributed import local_rank, world_size
 from mmit.errors import ConfigError
 from mmit.train.deepspeed_keys import check_keys
 
@@ -35,14 +35,18 @@ def device() -> torch.device:
     return torch.device(get_accelerator().current_device_name())
 
 
+def take_device() -> None:
+    """Make the accelerator of this rank the current one."""
+    if get_accelerator().device_name() == "cuda":
+        get_accelerator().set_device(local_rank())
+
+
 def init_process_group() -> None:
     """Join the other ranks: NCCL between GPUs, gloo between CPU ranks."""
     # Only inference uses this op; building it takes a compiler and most of a minute on a machine without a GPU.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if get_accelerator().device_name() == "cuda":
-        from mmit.distributed import local_rank
-
-        get_accelerator().set_device(local_rank())
+        take_device()
         deepspeed.init_distributed(dist_backend="nccl", verbose=False)
     else:
         deepspeed.init_distributed(dist_backend="gloo", verbose=False)

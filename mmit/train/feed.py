@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.table import Table
@@ -45,6 +46,10 @@ from mmit.instructions import InstructionReader
 from mmit.models import LoadedModel, Outline
 from mmit.templates import ChatTemplate
 
+if TYPE_CHECKING:
+    from mmit.train.feature_maker import CachedFeatures
+    from mmit.train.features import StageFeatures
+
 
 @dataclass(frozen=True)
 class Encode:
@@ -56,6 +61,7 @@ class Encode:
     image_id: int
     style: Style
     instructions: InstructionReader | None = None
+    features: CachedFeatures | None = None
 
     def __call__(self, conversation: Conversation) -> Encoded:
         """Ids, labels and pixels. Raises DataError."""
@@ -75,6 +81,7 @@ class Encode:
             image_id=self.image_id,
             style=self.style,
             pixels=pixels,
+            features=self.features,
             instructions=self.instructions if pixels else None,
         )
 
@@ -99,6 +106,7 @@ class Feed:
     encode: Encode
     stage: Stage
     pad_id: int
+    feature_size: tuple[int, int] | None = None
 
     def loader(self, *, start_step: int) -> Loader:
         """This rank's batches from ``start_step`` on."""
@@ -111,6 +119,7 @@ class Feed:
             workers=self.stage.data.workers,
             pad_id=self.pad_id,
             image_size=self.encode.spec.canvas,
+            feature_size=self.feature_size,
             start_step=start_step,
             max_skipped=self.stage.data.max_skipped,
             on_missing_shard=self.stage.data.on_missing_shard,
@@ -142,13 +151,16 @@ def make_encode(data: Data, loaded: LoadedModel | Outline) -> Encode:
     return Encode(template, loaded.tokenizer, loaded.spec, loaded.image_id, loaded.style, loaded.instructions)
 
 
-def make_feed(config: RunConfig, stage: Stage, loaded: LoadedModel) -> Feed:
+def make_feed(config: RunConfig, stage: Stage, loaded: LoadedModel, features: StageFeatures | None = None) -> Feed:
     """The plan of a stage, from the lengths of all its samples; the same on every rank.
 
+    features: what is read in place of pictures, with the plan that they were found for.
     Raises DataError and ConfigError for what is wrong with the data or the recipe.
     """
     encode = make_encode(stage.data, loaded)
-    return Feed(plan_stage(config, stage, encode), encode, stage, loaded.pad_id)
+    if features is None:
+        return Feed(plan_stage(config, stage, encode), encode, stage, loaded.pad_id)
+    return Feed(features.plan, replace(encode, features=features.read), stage, loaded.pad_id, features.size)
 
 
 def plan_stage(config: RunConfig, stage: Stage, encode: Encode) -> Plan:

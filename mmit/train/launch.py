@@ -54,7 +54,7 @@ def run_stages(
             "stage %s: %d rank%s, %d CPU thread%s each", name, count, "s"[: count > 1], threads, "s"[: threads > 1]
         )
         arguments = [*command, "--stage", name, *(["--fresh"] if fresh else [])]
-        _launch(arguments, ranks=count, threads=threads, stage=name)
+        launch(arguments, ranks=count, threads=threads, stage=name)
 
 
 def _settings_of(file: Path) -> dict[str, Any]:
@@ -71,7 +71,11 @@ def local_ranks(config: RunConfig) -> int:
     return torch.accelerator.device_count() or config.launch.cpu_ranks
 
 
-def _launch(arguments: Sequence[str], *, ranks: int, threads: int, stage: str) -> None:
+def launch(arguments: Sequence[str], *, ranks: int, threads: int, stage: str) -> None:
+    """Run ``mmit`` with these arguments as so many ranks, to their end.
+
+    Raises Interrupted where a rank was asked to stop, TrainingError where one failed.
+    """
     with tempfile.TemporaryDirectory(prefix="mmit-") as notes:
         port = _free_port()
         children = [_start(arguments, r, ranks=ranks, threads=threads, notes=notes, port=port) for r in range(ranks)]

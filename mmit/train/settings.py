@@ -24,8 +24,13 @@ HARMLESS = (
     "data.on_missing_shard",
     "data.cache",
     "data.cache_gb",
+    "data.features",
+    "data.missing_features",
 )
-"""Settings of a stage that change nothing in its weights but the order of sums, so that a run may go on with others."""
+"""Settings of a stage that change nothing in its weights but the order of sums, so that a run may go on with others.
+
+Where features lie decides nothing either; that there are any counts as ``data.features`` of its own (see below).
+"""
 
 
 def deciding_settings(config: RunConfig, stage: str) -> dict[str, Any]:
@@ -34,6 +39,8 @@ def deciding_settings(config: RunConfig, stage: str) -> dict[str, Any]:
     flat = _flat({"model": content["model"], "seed": config.seed, "precision": config.precision}, "")
     own = _flat(content["stages"][stage], "")
     kept = {k: v for k, v in own.items() if not any(k == h or k.startswith(f"{h}.") for h in HARMLESS)}
+    if own["data.features"] != "none":  # they are rounded to bf16; no key where there are none, as before they existed
+        kept["data.features"] = "cached"
     return flat | {f"stages.{stage}.{key}": value for key, value in kept.items()}
 
 

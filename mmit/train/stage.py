@@ -25,8 +25,10 @@ from mmit.train.settings import deciding_settings
 
 if TYPE_CHECKING:
     from mmit.models import LoadedModel
+    from mmit.models.absent import AbsentTower
     from mmit.train.checkpoint import RunState
     from mmit.train.engine import Engine
+    from mmit.train.features import StageFeatures
     from mmit.train.feed import Feed
     from mmit.train.loop import Counts, StopRequest
 
@@ -41,7 +43,7 @@ def train_stage(config: RunConfig, name: str, *, fresh: bool = False) -> Path:
         raise ConfigError(
             "a stage is trained by ranks: start it with `mmit train`, `deepspeed --module mmit train` or torchrun"
         )
-    _prepare_process()
+    prepare_process()
     from mmit.train.engine import init_process_group
     from mmit.train.loop import StopRequest
 
@@ -53,7 +55,8 @@ def train_stage(config: RunConfig, name: str, *, fresh: bool = False) -> Path:
         torch.distributed.destroy_process_group()
 
 
-def _prepare_process() -> None:
+def prepare_process() -> None:
+    """Set up logging, threads and the libraries of a process that trains or runs a tower."""
     set_up_logging()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader forks
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -71,6 +74,7 @@ class _Ready:
     config: RunConfig
     name: str
     loaded: LoadedModel
+    features: StageFeatures | None
     feed: Feed
     engine: Engine
     state: RunState
@@ -90,7 +94,7 @@ def _train(config: RunConfig, name: str, *, stop: StopRequest, fresh: bool) -> P
     folder = config.stage_folder(name)
     lock = checkpoint.collectively(lambda: _open_folder(folder, fresh=fresh) if rank() == 0 else None, what=folder)
     try:
-        ready = _make_ready(config, name)
+        ready = _make_ready(config, name, stop=stop)
         if rank() == 0:
             (folder / "config.yaml").write_text(resolved_yaml(config), encoding="utf-8")
         _announce(config, name, ready.feed)
@@ -100,16 +104,18 @@ def _train(config: RunConfig, name: str, *, stop: StopRequest, fresh: bool) -> P
             lock.close()
 
 
-def _make_ready(config: RunConfig, name: str) -> _Ready:
+def _make_ready(config: RunConfig, name: str, *, stop: StopRequest) -> _Ready:
     from mmit.train import checkpoint
     from mmit.train.engine import resolve_precision
+    from mmit.train.features import stage_features
     from mmit.train.feed import make_feed
 
     stage, folder = config.stages[name], config.stage_folder(name)
     dtype = resolve_precision(config.precision)
-    loaded = _build(config, name, dtype=dtype)
+    features = stage_features(config, name, dtype=dtype, stop=stop)
+    loaded = _build(config, name, dtype=dtype, tower=None if features is None else features.tower)
     _attend(loaded, config.stages[name], name)
-    feed = make_feed(config, stage, loaded)
+    feed = make_feed(config, stage, loaded, features)
     state = checkpoint.RunState(
         step=0,
         stage=name,
@@ -122,7 +128,7 @@ def _make_ready(config: RunConfig, name: str) -> _Ready:
     _check_ranks_agree(state)
     engine = _make_engine(stage, loaded, dtype=dtype)
     state = checkpoint.resume(folder / "checkpoints", engine, state, steps=feed.plan.steps)
-    return _Ready(config=config, name=name, loaded=loaded, feed=feed, engine=engine, state=state)
+    return _Ready(config=config, name=name, loaded=loaded, features=features, feed=feed, engine=engine, state=state)
 
 
 def _check_ranks_agree(state: RunState) -> None:
@@ -142,13 +148,14 @@ def _run(ready: _Ready, *, stop: StopRequest) -> Path:
     from mmit.train.feed import SkippedRecord
     from mmit.train.loop import train_steps
     from mmit.train.metrics import Recorder
+    from mmit.train.model_writer import model_writer
     from mmit.train.optim import LearningRate
     from mmit.train.trained import FirstStepCheck
     from mmit.train.watchdog import Watchdog
 
     stage, folder, state, steps = ready.stage, ready.folder, ready.state, ready.feed.plan.steps
     made_from = checkpoint.facts(ready.config, stage=ready.name, plan=ready.feed.plan.fingerprint)
-    write_model = _model_writer(ready.engine, ready.loaded, made_from)
+    write_model = model_writer(ready.engine, ready.loaded, made_from, ready.features)
     check = FirstStepCheck(ready.engine.module)
     done, first = state.step, state.step + 1
 
@@ -189,7 +196,7 @@ def _run(ready: _Ready, *, stop: StopRequest) -> Path:
             if done > state.step:
                 save()
             raise Interrupted(f"stage {ready.name}: saved at step {done} of {steps}; the same command continues it")
-        return _finish(folder, write_model)
+        return _finish(folder, write_model, ready.features)
     finally:
         watchdog.close()
         if recorder is not None:
@@ -219,29 +226,23 @@ def _open_folder(folder: Path, *, fresh: bool) -> IO[str]:
     return lock
 
 
-def _build(config: RunConfig, name: str, *, dtype: torch.dtype) -> LoadedModel:
+def _build(config: RunConfig, name: str, *, dtype: torch.dtype, tower: AbsentTower | None) -> LoadedModel:
     """The model of a stage: from its parts, from a stage before it, or from a directory; the same on every rank."""
     from mmit.config import WholeModel
     from mmit.models import build_model, find_model_directory, holds_adapter, load_weights
     from mmit.models.placement import WHOLE, placed
+    from mmit.train.origin import start_directory
     from mmit.train.partition import Partitioned
 
     stage = config.stages[name]
     with placed(Partitioned(_engine_settings(stage, dtype)) if stage.zero.stage == 3 else WHOLE):
-        loaded = build_model(config.model, dtype=dtype, seed=config.seed, adapter="drop")
-    source = stage.init_from
-    directory = None
-    if source in config.stages:
-        directory = config.stage_folder(source) / "model"
-        if not (directory / "mmit.json").is_file():
-            raise ConfigError(f"stages.{name}.init_from: stage '{source}' has not been trained; {directory} is missing")
-    elif source != "parts":
-        directory = find_model_directory(Path(source))
-    elif isinstance(config.model, WholeModel):
-        directory = find_model_directory(config.model.path)
-    if source != "parts" and directory is not None:
+        loaded = build_model(config.model, dtype=dtype, seed=config.seed, adapter="drop", tower=tower)
+    directory = start_directory(config, name)
+    if directory is not None:
         load_weights(loaded.model, directory, adapter="drop")
         logger.info("weights from %s", directory)
+    elif isinstance(config.model, WholeModel):
+        directory = find_model_directory(config.model.path)
     if stage.lora is not None or (directory is not None and holds_adapter(directory)):
         from mmit.models import begin_adapter
 
@@ -325,20 +326,11 @@ def _announce(config: RunConfig, name: str, feed: Feed) -> None:
         )
 
 
-def _model_writer(engine: Engine, loaded: LoadedModel, made_from: dict[str, Any]) -> Callable[[Path], None]:
-    from mmit.models import save_model
-
-    def write(directory: Path) -> None:
-        state = engine.full_state()
-        if rank() == 0:
-            save_model(loaded, state, directory, made_from=made_from)
-
-    return write
-
-
-def _finish(folder: Path, write_model: Callable[[Path], None]) -> Path:
+def _finish(folder: Path, write_model: Callable[[Path], None], features: StageFeatures | None) -> Path:
     from mmit.train import checkpoint
 
     checkpoint.collectively(lambda: write_model(folder / "model"), what=folder / "model")
+    if features is not None and rank() == 0:
+        features.file.unlink(missing_ok=True)
     logger.info("saved %s", folder / "model")
     return folder / "model"

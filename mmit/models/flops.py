@@ -1,0 +1,91 @@
+"""Floating-point operations of a training step, counted from shapes: what share of the work the vision tower does.
+
+A multiplication with an addition is two operations. For a language model of N parameters in its layers, L layers with
+attention of width w, and a head of h x V:
+
+    layers      c N T        c = 6 where it trains (forward, gradients of inputs and of weights), 4 where it is frozen
+    attention   6 L w t^2    for a sample of t tokens; it looks backwards, which halves it
+    head        c h V S      at the S labelled positions only
+
+A frozen tower runs forward alone. Connectors are left out: a few percent of the tower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mmit.config import ComposedModel, WholeModel
+from mmit.errors import ConfigError
+from mmit.images import ImageSpec
+from mmit.models.load import open_section
+from mmit.models.rules import training_rule
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelShape:
+    """What the work of a language model depends on. trains: whether some of it does."""
+
+    parameters: int
+    layers: int
+    attention_width: int
+    head: int
+    trains: bool
+
+    def flops(self, *, tokens: int, squares: int, labels: int) -> int:
+        """Operations of a forward and a backward pass over samples of ``tokens`` in all.
+
+        squares: the sum of the squares of their lengths. labels: trained tokens.
+        """
+        c = 6 if self.trains else 4
+        return c * self.parameters * tokens + 6 * self.layers * self.attention_width * squares + c * self.head * labels
+
+
+def language_model_shape(section: ComposedModel | WholeModel, rules: Mapping[str, float]) -> LanguageModelShape:
+    """The shape of a run file's language model, without its weights, under the rules of what trains.
+
+    Raises ConfigError and CheckpointError.
+    """
+    config: Any
+    if isinstance(section, ComposedModel):
+        path = section.language_model.path
+        try:
+            config = AutoConfig.from_pretrained(path).get_text_config()
+        except (OSError, ValueError) as error:
+            first = str(error).splitlines()[0]
+            raise ConfigError(f"model.language_model.path: {path} cannot be read: {first}") from error
+    else:
+        contents, form = open_section(section)
+        fields = dict(form.text_config(contents))
+        config = AutoConfig.for_model(fields.pop("model_type", "llama"), **fields)
+    maker: Any = AutoModelForCausalLM
+    with torch.device("meta"):
+        model = maker.from_config(config)
+    alone = nn.Module()
+    alone.language_model = model
+    table = model.get_input_embeddings().weight
+    heads = config.num_attention_heads
+    return LanguageModelShape(
+        parameters=sum(p.numel() for p in model.base_model.parameters() if p.ndim > 1) - table.numel(),
+        layers=config.num_hidden_layers,
+        attention_width=heads * (getattr(config, "head_dim", None) or config.hidden_size // heads),
+        head=table.numel(),
+        trains=training_rule(rules, alone) is not None,
+    )
+
+
+def tower_flops(tower: nn.Module, spec: ImageSpec) -> int:
+    """Operations of a tower's forward pass over one tile, counted on shapes alone."""
+    tensors = [*tower.named_parameters(), *tower.named_buffers()]
+    shapes = {name: tensor.to("meta") for name, tensor in tensors}
+    tile = torch.zeros((1, 3, *spec.canvas), device="meta", dtype=next(tower.parameters()).dtype)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        functional_call(tower, shapes, (tile,))
+    return int(counter.get_total_flops())

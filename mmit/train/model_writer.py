@@ -1,0 +1,32 @@
+"""Writing the model of a stage while it trains, whole, whatever of it this run holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from mmit.distributed import rank
+from mmit.models import LoadedModel, save_model
+from mmit.models.absent import present
+from mmit.train.engine import Engine
+from mmit.train.features import StageFeatures
+
+
+def model_writer(
+    engine: Engine, loaded: LoadedModel, made_from: dict[str, Any], features: StageFeatures | None
+) -> Callable[[Path], None]:
+    """A function that writes the model into a directory; collective, rank 0 writes.
+
+    features: what is read in the place of an absent tower, whose weights are taken from their file.
+    """
+
+    def write(directory: Path) -> None:
+        state = engine.full_state()
+        if rank() != 0:
+            return
+        with nullcontext({}) if features is None else present(loaded.model, features.file) as weights:
+            save_model(loaded, {**state, **weights}, directory, made_from=made_from)
+
+    return write
