@@ -166,10 +166,13 @@ def main(run_file: str) -> None:
                 "norm": abs(got_norm - norm) / norm,
             }
     result["born"] = born_partitioned(config, Path(run_file).parent)
-    from elastic_state import cases
+    import adapter_step
+    import elastic_state
 
-    elastic = cases(config, Path(run_file).parent / "states")
+    elastic = elastic_state.cases(config, Path(run_file).parent / "states")
+    adapters = adapter_step.cases(config, Path(run_file).parent / "adapters")
     if rank() == 0:
+        result["adapters"] = adapters
         result["elastic"] = elastic
         start = build_model(config.model, dtype=torch.float32, seed=0).model.state_dict()
         result["moved"] = max(float((start[k] - expected[k]).abs().max()) for k in expected)

@@ -67,3 +67,15 @@ def test_a_run_that_changes_its_zero_stage_goes_on_as_one_that_does_not(result: 
     assert found["moved"] > 5e-3
     # fp32: only the order of sums differs; bf16: gradients of the stages are rounded apart, a bit of weights below 0.5
     assert found["off"] <= (2**-9 if "bf16" in change else 3e-7)
+
+
+ADAPTERS = ["lora zero-2", "lora zero-3", "dora zero-3", "nf4 zero-2"]
+
+
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_a_step_of_adapters_and_a_connector_is_exact_saved_resumed_and_merged(result: Any, case: str) -> None:
+    found = result["adapters"][case]
+    assert found["moved"] > 5e-4
+    assert found["off"] < 3e-7  # the order of fp32 sums, as above
+    assert found["saved"] == found["resumed"] == 0.0
+    assert found["merged"] == 0.0
