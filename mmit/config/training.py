@@ -107,8 +107,9 @@ class Stage(Section):
     init_from: str = "parts"
     """Where the weights come from: ``parts`` (the ``model`` section), a stage of this file, or a model directory."""
     train: Annotated[dict[str, Annotated[float, Field(ge=0.0)]], Field(min_length=1)]
-    """What is trained: part name (connector, language_model, vision_tower, lora) or regular expression -> peak learning
-    rate. Later rules win; 0 freezes."""
+    """What is trained: part name (connector, language_model, vision_tower, lora), layers of a part
+    (``vision_tower.layers.12-``, ``language_model.layers.0-3``) or regular expression -> peak learning rate. Later
+    rules win; 0 freezes."""
     lora: Lora | None = None
     """Adapters that are trained in this stage; ``train`` needs the rule ``lora``."""
     data: Data

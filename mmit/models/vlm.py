@@ -202,8 +202,9 @@ class VisionLanguageModel(nn.Module):
     def train_only(self, rules: Mapping[str, float]) -> list[TrainGroup]:
         """Make exactly the parameters trainable that ``rules`` name; the only place that sets ``requires_grad``.
 
-        rules: part name (connector, language_model, vision_tower) or regular expression searched in parameter names
-        -> learning rate; later rules win, 0 freezes. Raises ConfigError for a rule that matches nothing.
+        rules: part name (connector, language_model, vision_tower), layers of a part (``vision_tower.layers.12-``) or
+        regular expression searched in parameter names -> learning rate; later rules win, 0 freezes. Raises ConfigError
+        for a rule that matches nothing.
         """
         idle = frozenset(f"multi_modal_projector.{name}" for name in idle_parameters(self.multi_modal_projector))
         absent = self.vision_tower.names if isinstance(self.vision_tower, AbsentTower) else ()

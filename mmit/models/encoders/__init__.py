@@ -10,7 +10,16 @@ from __future__ import annotations
 from mmit.models.encoders.build import build_encoder, describe_towers, frame_towers, layer_of, section_of
 from mmit.models.encoders.fused import FusedTower, encoders_of
 from mmit.models.encoders.hub_towers import NOISE, TransformersTower, check_is_there, tower_from_config
-from mmit.models.encoders.tower import Cls, HubForm, ImageInput, Layer, LayeredTower, VisionEncoder, feature_layer
+from mmit.models.encoders.tower import (
+    Cls,
+    HubForm,
+    ImageInput,
+    Layer,
+    LayeredTower,
+    ReadsWeights,
+    VisionEncoder,
+    feature_layer,
+)
 
 __all__ = [
     "NOISE",
@@ -20,6 +29,7 @@ __all__ = [
     "ImageInput",
     "Layer",
     "LayeredTower",
+    "ReadsWeights",
     "TransformersTower",
     "VisionEncoder",
     "build_encoder",

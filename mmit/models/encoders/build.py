@@ -12,7 +12,7 @@ from mmit.config import CustomPart, OneEncoder, OpenClipEncoder, TimmEncoder, Tr
 from mmit.errors import CheckpointError, ConfigError
 from mmit.models.encoders.fused import FusedTower
 from mmit.models.encoders.hub_towers import read_tower, tower_from_config
-from mmit.models.encoders.tower import Cls, ImageInput, Layer, LayeredTower, VisionEncoder, feature_layer
+from mmit.models.encoders.tower import Cls, ImageInput, Layer, LayeredTower, ReadsWeights, VisionEncoder, feature_layer
 from mmit.models.plugins import make_custom
 
 FUSED = "fused"
@@ -33,7 +33,10 @@ def build_encoder(section: OneEncoder | Sequence[OneEncoder], *, dtype: torch.dt
 
 def _build(section: OneEncoder, dtype: torch.dtype) -> nn.Module:
     if isinstance(section, CustomPart):
-        return make_custom(section.type, section.args, key="model.encoder").to(dtype)
+        encoder = make_custom(section.type, section.args, key="model.encoder")
+        if isinstance(encoder, ReadsWeights):
+            encoder.read_weights()
+        return encoder.to(dtype)
     layer, cls, size = section.layer, section.cls, section.image_size
     if isinstance(section, TransformersEncoder):
         return read_tower(section.path, layer=layer, cls=cls, image_size=size, dtype=dtype)

@@ -38,6 +38,18 @@ class VisionEncoder(Protocol):
         ...
 
 
+@runtime_checkable
+class ReadsWeights(Protocol):
+    """An encoder of one's own whose weights lie in a file: ``read_weights`` is called when a model is composed of it.
+
+    A model directory holds the weights itself: there the class is only built, and the file need not exist any more.
+    """
+
+    def read_weights(self) -> None:
+        """Fill the encoder with the weights it begins with."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class HubForm:
     """A tower as a vision model of transformers: how it stands in a model directory.

@@ -11,14 +11,13 @@ from typing import Literal
 import torch
 from torch import nn
 
-from mmit.config import CustomPart
 from mmit.encoding import Style
 from mmit.errors import CheckpointError
 from mmit.images import ImageSpec
 from mmit.models import hub_files
 from mmit.models.adapter_names import transformers_name
 from mmit.models.connectors import MlpProjector
-from mmit.models.encoders import Cls, ImageInput, build_encoder, encoders_of, frame_towers, layer_of, tower_from_config
+from mmit.models.encoders import Cls, ImageInput, encoders_of, frame_towers, layer_of, tower_from_config
 from mmit.models.formats.contents import Contents, Json, read_json
 from mmit.models.formats.form import Format, Writer
 from mmit.models.formats.parts import section_of
@@ -61,7 +60,8 @@ def tower(contents: Contents, dtype: torch.dtype) -> tuple[nn.Module, Json]:
         return frame_towers(contents.own["towers"], dtype=dtype), encoder
     if encoder.get("type") == "open_clip":
         return frame_towers([_old_open_clip(directory, encoder)], dtype=dtype), encoder
-    return build_encoder(CustomPart.model_validate(encoder), dtype=dtype), encoder
+    # mmit 0.1 kept of an encoder of one's own only its section
+    return frame_towers([{"library": "custom", "config": {"args": {}} | encoder}], dtype=dtype), encoder
 
 
 def _old_open_clip(directory: Path, encoder: Json) -> Json:
