@@ -6,7 +6,7 @@ runs modules outside the training engine asks the one in force. Elsewhere it is 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Protocol
@@ -90,7 +90,10 @@ def placed(by: Placement) -> Generator[None]:
 
 @contextmanager
 def runnable(module: nn.Module, kept: Placement) -> Generator[None]:
-    """While in force, ``module`` can be run outside the engine: the parameters of one submodule at a time are whole."""
+    """While in force, ``module`` can be run outside the engine: the parameters of one submodule at a time are whole.
+
+    Those of its leaves are too, since some modules (Mamba's mixer) use a child's weight without calling the child.
+    """
     if kept is WHOLE:
         yield
         return
@@ -98,7 +101,7 @@ def runnable(module: nn.Module, kept: Placement) -> Generator[None]:
     held: set[int] = set()
 
     def gather(child: nn.Module, *_: object) -> None:
-        own = [parameter for parameter in child.parameters(recurse=False) if id(parameter) not in held]
+        own = [parameter for parameter in _used_by(child) if id(parameter) not in held]
         held.update(id(parameter) for parameter in own)
         gathered[child] = stack = ExitStack()
         stack.enter_context(kept.whole(own))
@@ -108,7 +111,7 @@ def runnable(module: nn.Module, kept: Placement) -> Generator[None]:
         gathered.pop(child).close()
 
     with ExitStack() as hooks:
-        for child in _with_parameters(module.modules()):
+        for child in module.modules():
             hooks.callback(child.register_forward_pre_hook(gather, prepend=True).remove)
             hooks.callback(child.register_forward_hook(release).remove)
         yield
@@ -127,5 +130,8 @@ def take_whole(modules: Sequence[nn.Module], kept: Placement) -> None:
             module.register_parameter(name, copies[id(parameter)])
 
 
-def _with_parameters(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    return [module for module in modules if next(module.parameters(recurse=False), None) is not None]
+def _used_by(module: nn.Module) -> Iterator[nn.Parameter]:
+    yield from module.parameters(recurse=False)
+    for child in module.children():
+        if not any(child.children()):
+            yield from child.parameters()

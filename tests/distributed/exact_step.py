@@ -54,7 +54,8 @@ def micro_batches(loaded: Any) -> list[list[Batch]]:
     c = sample(3, text=6, images=0, trained=1, loaded=loaded)
     d = sample(4, text=5, images=0, trained=1, loaded=loaded)
     e = sample(5, text=12, images=0, trained=7, loaded=loaded)
-    made = [[[[a]], [[b]]], [[[c, d]], [[e], []]]]
+    both = [[c], [d]] if loaded.model.packing_fault else [[c, d]]
+    made = [[[[a]], [[b]]], [both, [[e], []]]]
     return [
         [collate(rows, pad_id=loaded.pad_id, image_size=loaded.model.spec.size) for rows in of_rank] for of_rank in made
     ]
