@@ -78,6 +78,8 @@ class Data(Section):
     """A control run: this part of every sample is blank, or is another sample's of the same source."""
     template: str = "model"
     """Chat template of this stage: ``model`` for the model's own, or as in ``language_model.template``."""
+    frames: PositiveInt | None = None
+    """Most frames of a video, spread evenly over those in the shard; null takes all of them."""
     too_long: Literal["error", "drop", "drop_turns"] = "error"
     """A sample longer than a row: stop, leave it out (counted), or leave out whole turns from its end."""
     max_skipped: Fraction = 0.001

@@ -37,6 +37,8 @@ from mmit.data import (
 )
 from mmit.data.control import ControlledSet
 from mmit.data.facts import read_facts
+from mmit.data.frames import FewerFrames
+from mmit.data.side_files import TextSet
 from mmit.data.summary import summarize, summary_table
 from mmit.distributed import logger, rank, world_size
 from mmit.encoding import Style, encode_conversation
@@ -168,7 +170,7 @@ def plan_stage(config: RunConfig, stage: Stage, encode: Encode) -> Plan:
     batch, data = stage.batch, stage.data
     whole = [open_shards(source, data, beside=config.file) for source in data.mix]
     chosen = [_chosen(shards, source, seed=config.seed) for shards, source in zip(whole, data.mix, strict=True)]
-    sets = [_controlled(shards, data, seed=config.seed) for shards in whole]
+    sets = [_as_asked(shards, data, seed=config.seed) for shards in whole]
     tables = [_lengths(shards, stage, encode) for shards in sets]
     taking_part = [usable(table.tokens, some) for table, some in zip(tables, chosen, strict=True)]
     counts = [len(shards) if some is None else len(some) for shards, some in zip(sets, taking_part, strict=True)]
@@ -201,6 +203,12 @@ def _chosen(shards: ShardSet, source: Source, *, seed: int) -> np.ndarray | None
             raise DataError(f"{shards.name}: per_task is set and no sample names its task in meta.task; take it out")
         tasks = facts.task
     return choose(shards.name, len(shards), choice, seed=seed, tasks=tasks)
+
+
+def _as_asked(shards: ShardSet, data: Data, *, seed: int) -> ShardSet | ControlledSet | FewerFrames:
+    """The set as the stage sees it: with a control, and with fewer frames."""
+    changed = _controlled(shards, data, seed=seed)
+    return changed if data.frames is None else FewerFrames(changed, data.frames)
 
 
 def _controlled(shards: ShardSet, data: Data, *, seed: int) -> ShardSet | ControlledSet:
@@ -243,7 +251,7 @@ def location(source: Source, *, beside: Path | None) -> str | Path:
     return load_recipe(source.recipe, beside=beside).directory
 
 
-def _lengths(shards: ShardSet | ControlledSet, stage: Stage, encode: Encode) -> LengthTable:
+def _lengths(shards: TextSet, stage: Stage, encode: Encode) -> LengthTable:
     fingerprint = encode.fingerprint()
     table = measure_lengths(
         shards, encode.measure, fingerprint=fingerprint, max_skipped=stage.data.max_skipped, progress=rank() == 0

@@ -11,7 +11,7 @@ from mmit.distributed import all_reduce_sum
 from mmit.errors import TrainingError
 from mmit.models import TrainGroup, partner
 
-_BEHIND_PICTURES = ("vision_tower.", "multi_modal_projector.")
+_BEHIND_PICTURES = ("vision_tower.", "multi_modal_projector.", "image_newline")
 
 
 def table(model: nn.Module, groups: Sequence[TrainGroup]) -> str:
@@ -46,6 +46,7 @@ class FirstStepCheck:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.is_done = False
         self._model = model
         self._before = {name: _checksum(parameter) for name, parameter in model.named_parameters()}
         self._reached: dict[str, Tensor] = {}
@@ -58,8 +59,6 @@ class FirstStepCheck:
     def _note(self, name: str, gradient: Tensor) -> None:
         reached = gradient.detach().any()
         self._reached[name] = self._reached[name] | reached if name in self._reached else reached
-
-        self.is_done = False
 
     def verify(self, *, had_images: bool) -> None:
         """After a step; collective. Raises TrainingError naming the tensors that break the rule."""
