@@ -8,6 +8,8 @@ come out as other tokens than the model learned.
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,11 @@ IMAGE_TEXT = "<image>"
 
 PAD_TEXT = "<pad>"
 
+# Tokens that vocabularies keep for later: Llama 3, Gemma, Qwen 1, OLMo, Phi 3, Mistral (two ways), Falcon 3.
+_RESERVED = re.compile(
+    r"<\|reserved_special_token_\d+\|>|<unused\d+>|<\|extra_\d+\|>|<\|extra_id_\d+\|>|<\|placeholder\d+\|>"
+    r"|\[control_\d+\]|<SPECIAL_\d+>|>>UNUSED_\d+<<"
+)
 _READABLE = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json")
 _LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -35,6 +42,18 @@ class PreparedTokenizer:
     tokenizer: PreTrainedTokenizerBase
     image_id: int
     pad_id: int
+
+
+def add_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[int, ...]:
+    """Make each text a token, in place, and give their ids. Raises ConfigError for one that is a token already."""
+    from transformers import AddedToken
+
+    for text in texts:
+        if not text.strip() or is_single_token(tokenizer, text):
+            what = f"'{text}' is a token of this tokenizer already" if text.strip() else "a text is empty"
+            raise ConfigError(f"model.language_model.new_tokens: {what}; leave it out")
+        tokenizer.add_tokens([AddedToken(text, lstrip=False, rstrip=False, normalized=False, special=False)])
+    return tuple(token_id(tokenizer, text) for text in texts)
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -65,16 +84,45 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return found
 
 
-def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreparedTokenizer:
-    """Give ``tokenizer``, in place, the special token ``<image>`` and a padding token where they are absent."""
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, *, rows: int | None = None) -> PreparedTokenizer:
+    """Give ``tokenizer``, in place, the special token ``<image>`` and a padding token where they are absent.
+
+    rows: of the model's token table. Where all are taken, a token that the vocabulary keeps in reserve (such as
+    ``<|reserved_special_token_7|>``) gets the name, its id and its row; where there is none, a token is added.
+    """
     from transformers import AddedToken
 
-    if not is_single_token(tokenizer, IMAGE_TEXT):
+    if not is_single_token(tokenizer, IMAGE_TEXT) and not _take_reserved(tokenizer, IMAGE_TEXT, rows):
         added = AddedToken(IMAGE_TEXT, lstrip=False, rstrip=False, normalized=False, special=True)
         tokenizer.add_tokens([added], special_tokens=True)
     if tokenizer.pad_token is None:
+        _take_reserved(tokenizer, PAD_TEXT, rows)
         tokenizer.add_special_tokens({"pad_token": PAD_TEXT})
     return PreparedTokenizer(tokenizer, token_id(tokenizer, IMAGE_TEXT), token_id(tokenizer, tokenizer.pad_token))
+
+
+def _take_reserved(tokenizer: Any, name: str, rows: int | None) -> bool:  # noqa: ANN401  (one with a backend)
+    """Rename the last reserved token, where the table has no row to spare; False where nothing was renamed."""
+    if rows is None or len(tokenizer) < rows or not tokenizer.is_fast or name in tokenizer.get_vocab():
+        return False
+    from tokenizers import Tokenizer
+
+    named = set(map(str, tokenizer.all_special_tokens))
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    free = [
+        token
+        for token in content["added_tokens"]
+        if token["special"] and token["content"] not in named and _RESERVED.fullmatch(token["content"])
+    ]
+    if not free:
+        return False
+    chosen = max(free, key=lambda token: token["id"])
+    vocabulary = content["model"].get("vocab")
+    if isinstance(vocabulary, dict) and chosen["content"] in vocabulary:
+        vocabulary[name] = vocabulary.pop(chosen["content"])
+    chosen |= {"content": name, "lstrip": False, "rstrip": False, "normalized": False}
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(content))
+    return True
 
 
 def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:

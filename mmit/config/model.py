@@ -19,6 +19,8 @@ class LanguageModel(Section):
     """Directory or hub name, anything that ``AutoModelForCausalLM`` builds."""
     template: str = "own"
     """Chat template: ``own`` (the tokenizer's), a ``.jinja`` file, or a built-in name such as ``vicuna``."""
+    new_tokens: tuple[str, ...] = ()
+    """Texts that become tokens of their own, such as ``<box>``; the rule ``new_tokens`` trains their rows alone."""
     text_style: Literal["hf", "llava", "blip"] = "hf"
     """How text around images is tokenized: in one piece (``hf``), each piece on its own as in LLaVA's code
     (``llava``), or with the pictures before the start token as in InstructBLIP (``blip``)."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mmit.models.loaded import LoadedModel
     from mmit.models.merge import merge_directory
     from mmit.models.outline import Outline, read_outline
-    from mmit.models.rules import TrainGroup
+    from mmit.models.rules import NEW_TOKENS, TrainGroup
     from mmit.models.save import save_model
     from mmit.models.vlm import VisionLanguageModel
 
@@ -30,13 +30,14 @@ _WHERE = {
     "load": ("find_model_directory", "load_model", "load_weights"),
     "loaded": ("LoadedModel",),
     "merge": ("merge_directory",),
-    "rules": ("TrainGroup",),
+    "rules": ("NEW_TOKENS", "TrainGroup"),
     "save": ("save_model",),
     "vlm": ("VisionLanguageModel",),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 
 __all__ = [
+    "NEW_TOKENS",
     "LoadedModel",
     "Outline",
     "TrainGroup",

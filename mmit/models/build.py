@@ -10,13 +10,13 @@ from mmit.images import ImageSpec, View
 from mmit.models.absent import AbsentTower, frame_of
 from mmit.models.connectors import Connector, build_connector, instruction_reader
 from mmit.models.encoders import VisionEncoder, build_encoder, encoders_of, section_of
-from mmit.models.language_models import check_vocabulary, grow_embeddings, read_language_model, token_table
+from mmit.models.language_models import check_vocabulary, grow_embeddings, read_language_model, start_rows, token_table
 from mmit.models.load import Adapter, load_model
 from mmit.models.loaded import LoadedModel
 from mmit.models.tiling import fresh_newline, tiling_of
 from mmit.models.vlm import VisionLanguageModel
 from mmit.templates import ChatTemplate
-from mmit.tokenizer import load_tokenizer, prepare_tokenizer
+from mmit.tokenizer import add_tokens, load_tokenizer, prepare_tokenizer
 
 
 def build_model(
@@ -43,8 +43,10 @@ def _compose(section: ComposedModel, tower: nn.Module, *, dtype: torch.dtype, se
     language_model = read_language_model(llm_path, dtype=dtype)
     tokenizer = load_tokenizer(llm_path)
     check_vocabulary(llm_path, len(tokenizer), language_model)
-    prepared = prepare_tokenizer(tokenizer)
+    prepared = prepare_tokenizer(tokenizer, rows=token_table(language_model).num_embeddings)
+    new_ids = add_tokens(prepared.tokenizer, section.language_model.new_tokens)
     grow_embeddings(language_model, len(prepared.tokenizer))
+    start_rows(language_model, new_ids)
     width = token_table(language_model).embedding_dim
     connector = build_connector(
         section.connector,
@@ -64,6 +66,7 @@ def _compose(section: ComposedModel, tower: nn.Module, *, dtype: torch.dtype, se
             spec=spec,
             image_id=prepared.image_id,
             tokens=len(prepared.tokenizer),
+            new_ids=new_ids,
             image_newline=fresh_newline(width, seed=seed, dtype=dtype) if spec.has_newline else None,
         ),
         tokenizer=prepared.tokenizer,

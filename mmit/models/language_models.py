@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from mmit.errors import ConfigError
@@ -78,11 +78,27 @@ def grow_embeddings(language_model: PreTrainedModel, tokens: int) -> None:
     language_model.resize_token_embeddings(tokens, pad_to_multiple_of=ROWS_MULTIPLE, mean_resizing=False)
     with torch.no_grad():
         for table in _tables(language_model):
-            tensors = [table.weight] if isinstance(table, nn.Embedding) else [table.weight, table.bias]
-            for tensor in tensors:
-                if tensor is not None:
-                    tensor[rows:] = tensor[:rows].float().mean(dim=0).to(tensor.dtype)
+            for tensor in _by_row(table):
+                tensor[rows:] = tensor[:rows].float().mean(dim=0).to(tensor.dtype)
     placement().place(language_model)
+
+
+@torch.no_grad()
+def start_rows(language_model: PreTrainedModel, ids: Sequence[int]) -> None:
+    """Let the rows of new tokens, in both tables, start as the mean of the rows before them."""
+    for tensor in row_parameters(language_model).values() if ids else ():
+        with placement().whole([tensor], write=True):
+            tensor[list(ids)] = tensor[: min(ids)].float().mean(dim=0).to(tensor.dtype)
+
+
+def row_parameters(language_model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """The parameters with one row per token: the input table and the head; one where they are tied."""
+    of_tables = {id(tensor) for table in _tables(language_model) for tensor in _by_row(table)}
+    return {name: p for name, p in language_model.named_parameters() if id(p) in of_tables}
+
+
+def _by_row(table: nn.Embedding | nn.Linear) -> list[Tensor]:
+    return [table.weight] if isinstance(table, nn.Embedding) or table.bias is None else [table.weight, table.bias]
 
 
 def _tables(language_model: PreTrainedModel) -> list[nn.Embedding | nn.Linear]:

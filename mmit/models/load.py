@@ -87,6 +87,7 @@ def load_model(
         image_newline=newline,
         vocabulary=vocabulary,
         tokens=len(prepared.tokenizer),
+        new_ids=tuple(contents.own.get("new_tokens", ())),
     )
     _take_adapter(made, find_model_directory(section.path), adapter)
     return LoadedModel(

@@ -24,7 +24,7 @@ from mmit.models.connectors import Connector, build_connector, instruction_reade
 from mmit.models.encoders import VisionEncoder, build_encoder
 from mmit.models.load import chosen_template, open_section
 from mmit.templates import ChatTemplate
-from mmit.tokenizer import load_tokenizer, prepare_tokenizer
+from mmit.tokenizer import add_tokens, load_tokenizer, prepare_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,8 @@ def _of_parts(section: ComposedModel) -> Outline:
             f"model.language_model.path: {path} cannot be read as a causal language model: {first}"
         ) from error
     connector = _connector(section.connector, tower, config.hidden_size)
-    prepared = prepare_tokenizer(load_tokenizer(path))
+    prepared = prepare_tokenizer(load_tokenizer(path), rows=config.vocab_size)
+    add_tokens(prepared.tokenizer, section.language_model.new_tokens)
     return Outline(
         tokenizer=prepared.tokenizer,
         template=ChatTemplate.load(section.language_model.template, prepared.tokenizer),

@@ -22,6 +22,9 @@ PARTS = {
 LORA = "lora"
 """The rule for the parameters of an adapter; no other rule reaches them but an expression that says ``lora_``."""
 
+NEW_TOKENS = "new_tokens"
+"""The rule for the rows of tokens that the run file added; all other rows of the tables stay as they are."""
+
 
 @dataclass(frozen=True)
 class TrainGroup:
@@ -39,21 +42,22 @@ def apply_rules(
     idle: frozenset[str] = frozenset(),
     unused: Callable[[], set[str]],
     absent: Sequence[str] = (),
+    rows: Sequence[str] = (),
 ) -> list[TrainGroup]:
     """Set ``requires_grad`` of every parameter by ``rules`` and return one group per rule that trains something.
 
     idle: parameters that no output depends on; they are never trained (an optimizer would only decay them). unused:
     gives those of the tower, asked only when it is to be trained. absent: names of parameters that are not there, since
-    their outputs are read from disk; ``check_frozen`` has been asked about them. Raises ConfigError for a rule that
-    matches nothing.
+    their outputs are read from disk; ``check_frozen`` has been asked about them. rows: the tables with the rows of new
+    tokens. Raises ConfigError for a rule that matches nothing.
     """
     names = [*(name for name, _ in model.named_parameters()), *absent]
     winner: dict[str, str] = {}
     matched: dict[str, list[str]] = {}
     for pattern in rules:
-        matched[pattern] = _matches(model, pattern, names)
+        matched[pattern] = list(rows) if pattern == NEW_TOKENS else _matches(model, pattern, names)
         if not matched[pattern]:
-            parts = ", ".join((*PARTS, LORA))
+            parts = ", ".join((*PARTS, LORA, NEW_TOKENS))
             raise ConfigError(f"train: the rule '{pattern}' matches no parameter (part names are {parts})")
         winner.update(dict.fromkeys(matched[pattern], pattern))
     (tower,) = PARTS["vision_tower"]

@@ -147,6 +147,7 @@ def _own_description(loaded: LoadedModel, template: ChatTemplate, made_from: Map
         "text_style": loaded.style,
         "images": loaded.model.spec.to_dict(),
         **({} if loaded.model.vocabulary is None else {"vocabulary": loaded.model.vocabulary}),
+        **({"new_tokens": list(loaded.model.new_ids)} if loaded.model.new_ids else {}),
         "encoder": dict(loaded.encoder),
         **_towers(loaded),
         "connector": connector_inside(loaded.connector),

@@ -24,10 +24,10 @@ from mmit.models.attention import attention_arguments
 from mmit.models.attention_choice import packing_fault, set_attention, sliding_window
 from mmit.models.connectors import idle_parameters, reads_instruction
 from mmit.models.head import head_is_plain, labelled_nll
-from mmit.models.language_models import token_table
+from mmit.models.language_models import row_parameters, token_table
 from mmit.models.mosaic import lay_out
 from mmit.models.placement import placement, runnable
-from mmit.models.rules import TrainGroup, apply_rules
+from mmit.models.rules import NEW_TOKENS, TrainGroup, apply_rules
 from mmit.tiling import TilePlan
 
 logger = logging.getLogger("mmit")
@@ -39,7 +39,8 @@ class VisionLanguageModel(nn.Module):
     spec: how pictures become pixels and how many image tokens a tile takes; image_id: the token id that stands where
     an image token will be put. image_newline: (D,), the token that ends a row of a tiled picture, where ``spec`` has
     one. vocabulary: ids below it share the probability in the loss; None: all that have a row. tokens: ids below it
-    have a text and can be answered; token tables are often longer. ``packing_fault`` says why samples may not share a
+    have a text and can be answered; token tables are often longer. new_ids: those of tokens that the run file added;
+    ``by_row`` names the tables of which only their rows train. ``packing_fault`` says why samples may not share a
     row; it is empty where they may. Raises ConfigError for parts that do not fit.
     """
 
@@ -54,6 +55,7 @@ class VisionLanguageModel(nn.Module):
         image_newline: nn.Parameter | None = None,
         vocabulary: int | None = None,
         tokens: int | None = None,
+        new_ids: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
         assert (image_newline is not None) == spec.has_newline, "the newline token and the tiling belong together"
@@ -65,6 +67,8 @@ class VisionLanguageModel(nn.Module):
         self.image_id = image_id
         self.vocabulary = vocabulary
         self.tokens = tokens
+        self.new_ids = new_ids
+        self.by_row: frozenset[str] = frozenset()
         if language_model.can_generate():
             # A model's own generation settings (a penalty, a temperature) would change what "greedy" means here.
             language_model.generation_config = GenerationConfig()
@@ -202,13 +206,24 @@ class VisionLanguageModel(nn.Module):
     def train_only(self, rules: Mapping[str, float]) -> list[TrainGroup]:
         """Make exactly the parameters trainable that ``rules`` name; the only place that sets ``requires_grad``.
 
-        rules: part name (connector, language_model, vision_tower), layers of a part (``vision_tower.layers.12-``) or
-        regular expression searched in parameter names -> learning rate; later rules win, 0 freezes. Raises ConfigError
-        for a rule that matches nothing.
+        rules: part name (connector, language_model, vision_tower, lora, new_tokens), layers of a part
+        (``vision_tower.layers.12-``) or regular expression searched in parameter names -> learning rate; later rules
+        win, 0 freezes. Asked once. Raises ConfigError for a rule that matches nothing.
         """
         idle = frozenset(f"multi_modal_projector.{name}" for name in idle_parameters(self.multi_modal_projector))
         absent = self.vision_tower.names if isinstance(self.vision_tower, AbsentTower) else ()
-        return apply_rules(self, rules, idle=idle, unused=self._unused_in_tower, absent=absent)
+        tables = {f"language_model.{name}": table for name, table in row_parameters(self.language_model).items()}
+        rows = tuple(tables) if self.new_ids else ()
+        groups = apply_rules(self, rules, idle=idle, unused=self._unused_in_tower, absent=absent, rows=rows)
+        self.by_row = frozenset(name for group in groups if group.pattern == NEW_TOKENS for name in group.names)
+        for name in self.by_row:
+            tables[name].register_hook(self._of_new_rows)
+        return groups
+
+    def _of_new_rows(self, gradient: Tensor) -> Tensor:
+        """The gradient of a table in the rows of new tokens, 0 in all others: AdamW leaves those as they are."""
+        ids = torch.tensor(self.new_ids, device=gradient.device)
+        return torch.zeros_like(gradient).index_copy_(0, ids, gradient[ids])
 
     def enable_activation_checkpointing(self) -> None:
         """Recompute the activations of the language model's layers in the backward pass. Raises ConfigError."""

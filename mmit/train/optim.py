@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mmit.config import Optim
-from mmit.models import TrainGroup
+from mmit.models import NEW_TOKENS, TrainGroup
 
 Schedule = Literal["cosine", "linear", "constant"]
 
@@ -64,7 +64,7 @@ def parameter_groups(model: nn.Module, groups: Iterable[TrainGroup], *, weight_d
             parameter = parameters[name]
             # under ZeRO-3 a parameter is flat and empty between uses; its own shape is kept in ds_shape
             shape = getattr(parameter, "ds_shape", parameter.shape)
-            decayed = len(shape) >= 2 and id(parameter) not in embeddings
+            decayed = len(shape) >= 2 and id(parameter) not in embeddings and group.pattern != NEW_TOKENS
             halves[weight_decay if decayed else 0.0].append(parameter)
         result += [
             {

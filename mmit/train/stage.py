@@ -156,7 +156,7 @@ def _run(ready: _Ready, *, stop: StopRequest) -> Path:
     stage, folder, state, steps = ready.stage, ready.folder, ready.state, ready.feed.plan.steps
     made_from = checkpoint.facts(ready.config, stage=ready.name, plan=ready.feed.plan.fingerprint)
     write_model = model_writer(ready.engine, ready.loaded, made_from, ready.features)
-    check = FirstStepCheck(ready.engine.module)
+    check = FirstStepCheck(ready.engine.module, seldom=ready.loaded.model.by_row)
     done, first = state.step, state.step + 1
 
     def save() -> None:

@@ -42,12 +42,14 @@ class FirstStepCheck:
     """Made before the first step, asked after it: a gradient reached every trained tensor, no frozen one changed.
 
     A gradient, not a changed weight, is asked of trained tensors: at a small learning rate a weight may round back to
-    its old value. Tensors that only pictures reach are asked after the first step that had one.
+    its old value. Tensors that only pictures reach are asked after the first step that had one; seldom: those that a
+    step need not reach, the tables of new tokens.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, seldom: frozenset[str] = frozenset()) -> None:
         self.is_done = False
         self._model = model
+        self._seldom = seldom
         self._before = {name: _checksum(parameter) for name, parameter in model.named_parameters()}
         self._reached: dict[str, Tensor] = {}
         self._hooks = [
@@ -80,7 +82,7 @@ class FirstStepCheck:
         missed = [
             name
             for name, ranks in zip(trained, ranks_reached, strict=True)
-            if ranks == 0 and (had_images or not name.startswith(_BEHIND_PICTURES))
+            if ranks == 0 and name not in self._seldom and (had_images or not name.startswith(_BEHIND_PICTURES))
         ]
         if missed:
             raise TrainingError(
