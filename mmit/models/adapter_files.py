@@ -29,7 +29,7 @@ from mmit.encoding import Style
 from mmit.errors import CheckpointError
 from mmit.models.adapter_names import BASE, CONFIG, WEIGHTS, holds_adapter, is_adapter, split_adapter_name
 from mmit.models.adapters import AdapterShape, adapted_layers, add_adapter, merge_adapter, shape_of
-from mmit.models.formats import FORMATS, choose_writer, read_json
+from mmit.models.formats import FORMATS, choose_target, read_json
 from mmit.models.four_bits import pack, round_weights
 from mmit.models.vlm import VisionLanguageModel
 
@@ -51,7 +51,7 @@ def write_adapter(
     will be, by which peft finds the base. style: how text around images is tokenized.
     """
     tensors = dict(model.named_parameters()) if state is None else state
-    module_name = choose_writer(model, style)[1].module_name
+    module_name = choose_target(model, style).writer.module_name
     stored: dict[str, Tensor] = {}
     for name in filter(is_adapter, dict(model.named_parameters())):
         module, own = split_adapter_name(name)

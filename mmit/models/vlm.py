@@ -184,7 +184,7 @@ class VisionLanguageModel(nn.Module):
             temperature=temperature,
             top_p=top_p,
             stop_ids=tuple(stop_ids),
-            never=self._never(),
+            never=self.never(),
         )
         return generation.answers(self.language_model, [self._embed_alone(prompt)], sampling, on_token=on_token)[0]
 
@@ -198,10 +198,16 @@ class VisionLanguageModel(nn.Module):
     ) -> list[list[int]]:
         """Greedy answers to several prompts; the same as ``generate`` gives."""
         sampling = generation.Sampling(
-            max_new_tokens=max_new_tokens, temperature=0.0, top_p=1.0, stop_ids=tuple(stop_ids), never=self._never()
+            max_new_tokens=max_new_tokens, temperature=0.0, top_p=1.0, stop_ids=tuple(stop_ids), never=self.never()
         )
         embeddings = [self._embed_alone(prompt) for prompt in prompts]
         return generation.answers(self.language_model, embeddings, sampling)
+
+    def never(self) -> tuple[int, ...]:
+        """Ids that have a row in the token table, and stand in no answer."""
+        rows = token_table(self.language_model).num_embeddings
+        first = min(limit for limit in (self.vocabulary, self.tokens, rows) if limit is not None)
+        return tuple(range(first, rows))
 
     def train_only(self, rules: Mapping[str, float]) -> list[TrainGroup]:
         """Make exactly the parameters trainable that ``rules`` name; the only place that sets ``requires_grad``.
@@ -261,12 +267,6 @@ class VisionLanguageModel(nn.Module):
         behind = (batch.position_ids == 0).cumsum(dim=1) > 1
         if bool((behind & (batch.labels != IGNORE)).any()):
             raise DataError(f"rows hold several samples, but {self.packing_fault}; pack one sample per row")
-
-    def _never(self) -> tuple[int, ...]:
-        """Ids with a row that no answer holds."""
-        rows = token_table(self.language_model).num_embeddings
-        first = min(limit for limit in (self.vocabulary, self.tokens, rows) if limit is not None)
-        return tuple(range(first, rows))
 
     def _nll_by_own_forward(self, embeddings: Tensor, batch: Batch) -> Tensor:
         """The loss where logits are more than head times hidden state: the model computes them, at labelled columns."""

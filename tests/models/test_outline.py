@@ -25,7 +25,7 @@ def test_an_outline_encodes_as_the_whole_model_does(
 ) -> None:
     loaded = build(kind)
     assert same(read_outline(sections[kind]), loaded)
-    save_model(loaded, None, tmp_path / "model", made_from={}, template=None)
+    save_model(loaded, None, tmp_path / "model", made_from={})
     assert same(read_outline(WholeModel(path=str(tmp_path / "model"))), loaded)
 
 

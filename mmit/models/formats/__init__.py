@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from mmit.encoding import Style
 from mmit.errors import CheckpointError, ConfigError
-from mmit.models.formats.contents import Contents, read_contents, read_json
-from mmit.models.formats.form import Format, Writer
+from mmit.models.formats.contents import Contents, read_contents, read_json, write_json
+from mmit.models.formats.form import Format, Target, Writer
 from mmit.models.formats.instructblip import INSTRUCTBLIP
 from mmit.models.formats.llava import LLAVA
 from mmit.models.formats.llava_next import LLAVA_NEXT, LLAVA_ONEVISION
@@ -26,7 +26,18 @@ FORMATS: tuple[Format, ...] = (ORIGINAL, LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, INS
 The original code's comes first: its directories may call themselves ``llava`` too, and would else be taken for a model
 of transformers with a default language model of 7 B."""
 
-__all__ = ["FORMATS", "Contents", "Format", "Writer", "choose_writer", "detect", "read_contents", "read_json"]
+__all__ = [
+    "FORMATS",
+    "Contents",
+    "Format",
+    "Target",
+    "Writer",
+    "choose_target",
+    "detect",
+    "read_contents",
+    "read_json",
+    "write_json",
+]
 
 
 def detect(contents: Contents) -> Format:
@@ -49,14 +60,14 @@ def detect(contents: Contents) -> Format:
     )
 
 
-def choose_writer(model: VisionLanguageModel, style: Style) -> tuple[Format, Writer, tuple[str, ...]]:
-    """The first format that can hold ``model``, its writer, and why the formats before it cannot.
+def choose_target(model: VisionLanguageModel, style: Style) -> Target:
+    """The first format that can hold ``model``; at last mmit's own, which holds every one.
 
     style: how text around images is tokenized for the model.
     """
-    reasons: list[str] = []
+    refused: list[str] = []
     for form in FORMATS:
-        if form.write is None:
+        if form.write is None or form.write.on_request:
             continue
         reason = form.write.why_not(model)
         if reason is None and form.write.style not in ("", style):
@@ -65,6 +76,6 @@ def choose_writer(model: VisionLanguageModel, style: Style) -> tuple[Format, Wri
                 "(model.language_model.text_style)"
             )
         if reason is None:
-            return form, form.write, tuple(reasons)
-        reasons.append(reason)
+            return Target(form.name, form.write, tuple(refused))
+        refused.append(reason)
     raise AssertionError("mmit's own layout holds every model")

@@ -82,3 +82,8 @@ def read_json(file: Path) -> Json:
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} is damaged: it must hold one JSON object")
     return content
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file of a model directory, to be read by people too."""
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

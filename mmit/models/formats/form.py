@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from mmit.encoding import Style
@@ -25,23 +26,45 @@ from mmit.models.vlm import VisionLanguageModel
 from mmit.tokenizer import PreparedTokenizer
 
 
+def nothing_more(_: LoadedModel, __: Mapping[str, Tensor], fresh: Path, place: Path) -> None:
+    """For formats that are files and tensors alone."""
+    del fresh, place
+
+
 @dataclass(frozen=True, kw_only=True)
 class Writer:
     """How a model is written in a format.
 
     why_not: why the format cannot hold a model, or None where it can. config: ``config.json``. files: the further JSON
-    files, by name. disk_name: the format's name for a tensor that the hub's LLaVA models call so (see layout.py).
-    module_name: what a module is called in the class that opens the format, for the files of an adapter. style: how the
-    format's processor writes text around images; "" for any.
+    files, by name. more: what else it writes, given the tensors under their hub names, the directory being written and
+    the place where it will stand. processor_class: in the tokenizer's settings; empty where there is no processor.
+    disk_name: the format's name for a tensor that the hub's LLaVA models call so (see layout.py), None to leave it out.
+    opens_as: the class of transformers that opens it; empty where there is none. on_request: it is never chosen where
+    no format was asked for. describes: whether ``mmit.json`` is written. module_name: what a module is called in the
+    class that opens the format, for the files of an adapter. style: how the format's processor writes text around
+    images; "" for any.
     """
 
     why_not: Callable[[VisionLanguageModel], str | None]
     config: Callable[[LoadedModel, torch.dtype], Json]
     files: Callable[[LoadedModel], Mapping[str, Json]]
+    more: Callable[[LoadedModel, Mapping[str, Tensor], Path, Path], None] = nothing_more
     processor_class: str = "LlavaProcessor"
-    disk_name: Callable[[str], str] = str
+    disk_name: Callable[[str], str | None] = str
+    opens_as: str = ""
+    on_request: bool = False
+    describes: bool = True
     module_name: Callable[[str], str] = str
     style: Style | Literal[""] = ""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a model is written as: the format's name, its writer, and why the formats that were asked before refuse."""
+
+    name: str
+    writer: Writer
+    refused: tuple[str, ...] = ()
 
 
 def the_own_template(_: Contents, __: PreTrainedTokenizerBase) -> str:

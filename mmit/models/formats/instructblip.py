@@ -204,6 +204,7 @@ INSTRUCTBLIP = Format(
         disk_name=on_disk,
         module_name=module_name,
         style="blip",
+        opens_as="InstructBlipForConditionalGeneration",
     ),
 )
 

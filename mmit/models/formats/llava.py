@@ -127,13 +127,19 @@ def why_not(model: VisionLanguageModel) -> str | None:
 
 def why_not_parts(model: VisionLanguageModel) -> str | None:
     """Why no LLaVA class of transformers has the parts of this model, or None where they have."""
-    projector, language_model = model.multi_modal_projector, model.language_model
-    head = language_model.get_output_embeddings()
+    projector = model.multi_modal_projector
     if (reason := _why_not_tower(model.vision_tower)) is not None:
         return reason
     if not isinstance(projector, MlpProjector) or projector.depth != 2:
         depth = f" of {projector.depth} layers" if isinstance(projector, MlpProjector) else ""
         return f"its projector has exactly two linear layers, this connector is {type(projector).__name__}{depth}"
+    return why_not_head(model)
+
+
+def why_not_head(model: VisionLanguageModel) -> str | None:
+    """Why a language model does not fit into a LLaVA class as it is, or None where it does."""
+    language_model = model.language_model
+    head = language_model.get_output_embeddings()
     if not model.head_is_plain or not isinstance(head, nn.Linear) or head.bias is not None:
         return f"its head is a plain matrix, the one of {type(language_model).__name__} does more"
     if language_model.base_model_prefix != "model":
@@ -146,6 +152,11 @@ def _why_not_tower(made: nn.Module) -> str | None:
         return f"its LLaVA classes have one encoder, this model has {encoders}"
     form = hub_form(made)
     return f"transformers has no class for the encoder {type(made).__name__}" if form is None else form.why_not_llava
+
+
+def no_files(_: LoadedModel) -> dict[str, Json]:
+    """For formats that keep no settings of a processor beside the model."""
+    return {}
 
 
 def config(loaded: LoadedModel, dtype: torch.dtype) -> Json:
@@ -180,5 +191,11 @@ LLAVA = Format(
     spec=spec,
     style=style,
     tensors=tensors,
-    write=Writer(why_not=why_not, config=config, files=files, module_name=transformers_name),
+    write=Writer(
+        why_not=why_not,
+        config=config,
+        files=files,
+        module_name=transformers_name,
+        opens_as="LlavaForConditionalGeneration",
+    ),
 )

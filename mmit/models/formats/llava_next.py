@@ -205,7 +205,13 @@ LLAVA_NEXT = replace(
     title="LLaVA-NeXT in the layout of transformers",
     recognises=_is("llava_next"),
     spec=next_spec,
-    write=Writer(why_not=why_not_next, config=next_config, files=next_files, processor_class="LlavaNextProcessor"),
+    write=Writer(
+        why_not=why_not_next,
+        config=next_config,
+        files=next_files,
+        processor_class="LlavaNextProcessor",
+        opens_as="LlavaNextForConditionalGeneration",
+    ),
 )
 
 LLAVA_ONEVISION = replace(
@@ -219,5 +225,6 @@ LLAVA_ONEVISION = replace(
         config=onevision_config,
         files=onevision_files,
         processor_class="LlavaOnevisionProcessor",
+        opens_as="LlavaOnevisionForConditionalGeneration",
     ),
 )

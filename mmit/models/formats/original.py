@@ -23,6 +23,7 @@ from mmit.models.formats.contents import Contents, Json, read_contents, read_jso
 from mmit.models.formats.form import Format
 from mmit.models.formats.original_images import original_spec
 from mmit.models.formats.original_names import hub_name_of, language_model_name_of, tower_name_of
+from mmit.models.formats.original_write import TOWER_FOLDER, WRITER
 from mmit.models.formats.places import local_directory, part_directory
 from mmit.models.layout import disk_names, tensors_of
 from mmit.models.stored import Source, StoredTensors, has_weights, weight_files
@@ -156,9 +157,9 @@ def spec(contents: Contents, image: ImageInput, tokens: int) -> ImageSpec:
     return original_spec(contents.config, processor, image, tokens, where=contents.directory)
 
 
-def style(_: Contents) -> Literal["hf", "llava"]:
-    """The original code tokenizes the text between images piece by piece."""
-    return "llava"
+def style(contents: Contents) -> Literal["hf", "llava"]:
+    """The original code tokenizes the text between images piece by piece; ``mmit.json`` may know better."""
+    return contents.own.get("text_style", "llava")
 
 
 def template(contents: Contents, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -239,6 +240,9 @@ def _add_tower(stored: StoredTensors, contents: Contents, made: nn.Module) -> No
 
 def _tower_directory(contents: Contents, *, weights: bool) -> Path:
     name = contents.tower or str(contents.config["mm_vision_tower"])
+    beside = contents.directory / TOWER_FOLDER
+    if not contents.tower and Path(name).name == TOWER_FOLDER and beside.is_dir():
+        return beside  # mmit wrote it; the full path in config.json is of where it stood then
     remedy = (
         f"{contents.directory} needs its vision tower: give a local copy as tower (model.tower in a run file, --tower "
         "on the command line)"
@@ -265,4 +269,5 @@ ORIGINAL = Format(
     template=template,
     names_parts=True,
     adds_tokens=True,
+    write=WRITER,
 )

@@ -35,11 +35,10 @@ def hub_name_of(stored: str) -> str:
     return f"language_model.{name}"
 
 
-def original_name_of(name: str, *, layers: int) -> str:
-    """The original code's name of a tensor that the hub calls ``name``; layers: of the projector."""
+def original_name_of(name: str) -> str:
+    """The original code's name of a tensor that the hub calls ``name``."""
     if found := _HUB_PROJECTOR.match(name):
-        number = "" if layers == 1 else f"{2 * (int(found[1]) - 1)}."
-        return f"model.mm_projector.{number}{found[2]}"
+        return f"model.mm_projector.{2 * (int(found[1]) - 1)}.{found[2]}"
     if name.startswith("vision_tower."):
         return "model.vision_tower." + name
     if name == "image_newline":

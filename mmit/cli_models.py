@@ -1,0 +1,43 @@
+"""The command line's verbs on model directories: ``mmit export``."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Directory = Annotated[Path, typer.Argument(metavar="DIR", help="A model directory, or a run's stage folder.")]
+Base = Annotated[str | None, typer.Option(help="Language model of a checkpoint that holds a projector or LoRA only.")]
+Tower = Annotated[str | None, typer.Option(help="Vision tower in the place of the one that a checkpoint names.")]
+Template = Annotated[str, typer.Option(help="Chat template: own, a .jinja file, or a built-in name.")]
+
+
+class To(StrEnum):
+    """Formats on the command line."""
+
+    HF = "hf"
+    LLAVA = "llava"
+    MMIT = "mmit"
+
+
+def export(
+    directory: Directory,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write; must not exist.")],
+    to: Annotated[To, typer.Option(help="transformers' class, LLaVA's original code, or mmit's own layout.")] = To.HF,
+    llm_only: Annotated[bool, typer.Option("--llm-only", help="The tuned language model alone.")] = False,
+    dtype: Annotated[str, typer.Option(help="auto (as it is stored), fp32, bf16 or fp16.")] = "auto",
+    base: Base = None,
+    tower: Tower = None,
+    template: Template = "own",
+) -> None:
+    """Write a model in another format, and prove that it is the same model there."""
+    from mmit.config import WholeModel
+    from mmit.distributed import set_up_logging
+    from mmit.export.export import export as run
+
+    set_up_logging()
+    model = WholeModel(path=str(directory), base=base, tower=tower, template=template)
+    for line in run(model, out, to=to.value, llm_only=llm_only, dtype=dtype):
+        typer.echo(line)
