@@ -23,6 +23,7 @@ from mmit.export.probes import ANSWER_TOKENS, Probe, probe
 from mmit.images import ImageSpec, normalize, read_size
 from mmit.models.load import load_model
 from mmit.models.loaded import LoadedModel
+from mmit.tokenizer import IMAGE_TEXT
 
 TOLERANCE = 1e-3
 """Largest difference of logits, as a share of the largest logit: fp32 sums of some ten thousand terms."""
@@ -64,9 +65,12 @@ def prove_by_transformers(directory: Path, class_name: str, probes: Sequence[Pro
     theirs, report = reader.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
     _check_report(directory, class_name, report)
     make_inputs = _INPUTS[class_name]
+    if class_name in _NEEDS_PICTURE:
+        probes = [one for one in probes if one.picture is not None]
     inputs = [make_inputs(one, facts.spec) for one in probes]
     difference = _compare(directory, theirs.eval(), probes, inputs, facts)
-    return Proof(class_name, difference, _processor_notes(directory, probes, facts))
+    text = "What?" if class_name in _NEEDS_PICTURE else IMAGE_TEXT
+    return Proof(class_name, difference, _processor_notes(directory, probes, facts, text=text))
 
 
 def prove_language_model(directory: Path, probes: Sequence[Probe], facts: Facts) -> Proof:
@@ -156,12 +160,12 @@ def _check_report(directory: Path, reader: str, report: dict[str, Any]) -> None:
             )
 
 
-def _processor_notes(directory: Path, probes: Sequence[Probe], facts: Facts) -> tuple[str, ...]:
+def _processor_notes(directory: Path, probes: Sequence[Probe], facts: Facts, *, text: str) -> tuple[str, ...]:
     """What the written processor makes of the picture, against mmit. Raises CheckpointError where it cannot serve."""
     shown = next(one for one in probes if one.picture is not None)
     assert shown.picture is not None
     processor = AutoProcessor.from_pretrained(directory)
-    made = processor(images=Image.open(io.BytesIO(shown.picture)), text="<image>", return_tensors="pt")
+    made = processor(images=Image.open(io.BytesIO(shown.picture)), text=text, return_tensors="pt")
     tokens = int((made["input_ids"] == facts.image_id).sum())
     expected = sum(plan.tokens for plan in shown.prompt.plans)
     if tokens != expected:
@@ -206,3 +210,6 @@ _INPUTS: dict[str, Callable[[Probe, ImageSpec], Inputs]] = {
     "InstructBlipForConditionalGeneration": _question_inputs,
 }
 """What each class of transformers is fed."""
+
+_NEEDS_PICTURE = ("InstructBlipForConditionalGeneration",)
+"""Classes that take no text without a picture; their processor puts the image tokens in by itself."""

@@ -1,0 +1,298 @@
+"""Directories of LLaVA's original code: every kind of them gives the model that its parts make."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model_factories import tiny_model_section
+from models_support import batch_of, sample
+from original_factories import hub_tensors, original_config, original_names, write_original
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional
+
+from mmit.config import ComposedModel, WholeModel
+from mmit.errors import CheckpointError, ConfigError
+from mmit.images import ImageSpec
+from mmit.models import LoadedModel, build_model, load_model, read_outline, save_model
+from mmit.tiling import Anyres
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A model composed of an LLM, a tower and a projector; where they lie, and their tensors by the original names."""
+
+    composed: LoadedModel
+    llm: Path
+    tower: Path
+    language: Tensors
+    projector: Tensors
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
+    folder = tmp_path_factory.mktemp("original")
+    section = ComposedModel.model_validate(tiny_model_section(folder))
+    composed = build_model(section, dtype=torch.float32, seed=7)
+    save_model(composed, None, folder / "hub", made_from={})
+    named = original_names(hub_tensors(folder / "hub"))
+    projector = {name: tensor for name, tensor in named.items() if "mm_projector" in name}
+    llm = folder / "llama"
+    return Parts(composed, llm, folder / "clip", load_file(llm / "model.safetensors"), projector)
+
+
+@pytest.fixture
+def write(parts: Parts, tmp_path: Path) -> Callable[..., Path]:
+    """A function that writes a whole directory, with changes of config.json and of its tensors."""
+
+    def make(tensors: Tensors | None = None, **config: Any) -> Path:
+        content = {**parts.language, **parts.projector, **(tensors or {})}
+        files = {"pytorch_model.bin": {name: tensor for name, tensor in content.items() if tensor is not None}}
+        return write_original(
+            tmp_path / "llava", original_config(parts.llm, parts.tower, mm_hidden_size=24, **config), files, parts.llm
+        )
+
+    return make
+
+
+def logits(loaded: LoadedModel) -> Tensor:
+    with torch.no_grad():
+        return loaded.model.logits(batch_of(loaded, [[sample(loaded, text=range(40, 50), images=2, trained=3)]]))
+
+
+def opened(path: Path, **section: Any) -> LoadedModel:
+    return load_model(WholeModel(path=str(path), **section), dtype=torch.float32)
+
+
+def test_a_whole_directory_is_the_model_of_its_parts(parts: Parts, write: Callable[..., Path]) -> None:
+    loaded = opened(write())
+    assert torch.equal(logits(loaded), logits(parts.composed))
+    assert (loaded.style, loaded.template.name) == ("llava", "vicuna")
+    assert loaded.spec == ImageSpec(
+        size=(28, 28),
+        mean=parts.composed.spec.mean,
+        std=parts.composed.spec.std,
+        resize="pad",
+        tokens_per_tile=4,
+        exact=True,
+    )
+
+
+def test_shards_safetensors_and_a_borrowed_model_type_make_no_difference(
+    parts: Parts, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    expected = logits(parts.composed)
+    whole = write(model_type="llava")  # LLaVA 1.5 calls itself so; transformers would take it for its own, of 7 B
+    assert torch.equal(logits(opened(whole)), expected)
+    tensors = {**parts.language, **parts.projector}
+    (whole / "pytorch_model.bin").unlink()
+    save_file(tensors, whole / "model.safetensors")
+    assert torch.equal(logits(opened(whole)), expected)
+    names = sorted(tensors)
+    halves = {
+        f"pytorch_model-0000{number}-of-00002.bin": {name: tensors[name] for name in part}
+        for number, part in ((1, names[:9]), (2, names[9:]))
+    }
+    config = original_config(parts.llm, parts.tower)
+    assert torch.equal(logits(opened(write_original(tmp_path / "two", config, halves, parts.llm))), expected)
+
+
+def test_a_projector_takes_its_language_model_from_base(parts: Parts, tmp_path: Path) -> None:
+    config = original_config(parts.llm, "openai/a-tower-that-is-not-here")
+    directory = write_original(tmp_path / "stage1", config, {"mm_projector.bin": parts.projector}, parts.llm)
+    for file in directory.glob("tokenizer*"):
+        file.unlink()  # the original code saves none here
+    section = {"base": str(parts.llm), "tower": str(parts.tower)}
+    loaded = opened(directory, **section)
+    assert torch.equal(logits(loaded), logits(parts.composed))
+    outline = read_outline(WholeModel(path=str(directory), **section))
+    assert (outline.spec, outline.image_id, outline.style) == (loaded.spec, loaded.image_id, "llava")
+    assert outline.template == loaded.template
+
+
+LORA = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]}
+
+
+def write_lora(parts: Parts, directory: Path, **changes: Any) -> tuple[Path, Tensors]:
+    """An adapter of rank 2 with ``non_lora_trainables.bin``, and the deltas that it amounts to: 3 B A."""
+    generator = torch.Generator().manual_seed(0)
+    adapter, deltas = {}, {}
+    for name in ("model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj"):
+        out, width = parts.language[f"{name}.weight"].shape
+        a, b = torch.randn(2, width, generator=generator), torch.randn(out, 2, generator=generator)
+        adapter[f"base_model.model.{name}.lora_A.weight"] = a
+        adapter[f"base_model.model.{name}.lora_B.weight"] = b
+        deltas[f"language_model.{name}.weight"] = 3.0 * b @ a
+    trained = {f"base_model.model.{name}": tensor for name, tensor in parts.projector.items()}
+    files = {"adapter_model.bin": adapter, "non_lora_trainables.bin": trained}
+    write_original(directory, original_config(parts.llm, parts.tower), files, parts.llm)
+    (directory / "adapter_config.json").write_text(json.dumps({**LORA, **changes}))
+    return directory, deltas
+
+
+def test_lora_is_folded_into_its_base(parts: Parts, tmp_path: Path) -> None:
+    directory, deltas = write_lora(parts, tmp_path / "lora", base_model_name_or_path=str(parts.llm))
+    state = opened(directory).model.state_dict()  # the base is named by the adapter, and lies on this machine
+    for name, tensor in parts.composed.model.state_dict().items():
+        expected = tensor + deltas[name] if name in deltas else tensor
+        torch.testing.assert_close(state[name], expected, rtol=0, atol=4e-6)  # roundings of fp32 sums up to 20
+    assert len(deltas) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_dora": True}, "use_dora: DoRA cannot be folded in"),
+        ({"peft_type": "IA3"}, "holds an adapter of type IA3; LoRA can be read"),
+    ],
+)
+def test_another_adapter_is_refused(parts: Parts, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    directory, _ = write_lora(parts, tmp_path / "lora", **changes)
+    with pytest.raises(CheckpointError, match=message):
+        opened(directory, base=str(parts.llm))
+
+
+def test_an_adapter_of_another_base_is_refused(parts: Parts, tmp_path: Path) -> None:
+    directory, _ = write_lora(parts, tmp_path / "lora")
+    file = directory / "adapter_model.bin"
+    torch.save({name: tensor[:, :1] if "_A" in name else tensor for name, tensor in torch.load(file).items()}, file)
+    with pytest.raises(
+        CheckpointError, match=r"the adapter of language_model.* makes \[.*give the model it was trained"
+    ):
+        opened(directory, base=str(parts.llm))
+
+
+def test_weights_of_the_tower_inside_count_before_those_it_names(parts: Parts, write: Callable[..., Path]) -> None:
+    inside = "model.vision_tower.vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"
+    own_name = "vision_tower.model.encoder.layers.0.mlp.fc1.weight"
+    trained = parts.composed.model.get_parameter(own_name) + 0.5
+    loaded = opened(write({inside: trained}))
+    assert torch.equal(loaded.model.get_parameter(own_name), trained)
+    rest = "vision_tower.model.encoder.layers.1.mlp.fc1.weight"
+    assert torch.equal(loaded.model.get_parameter(rest), parts.composed.model.get_parameter(rest))
+
+
+def test_llava_1_0_has_one_linear_layer(parts: Parts, write: Callable[..., Path]) -> None:
+    matrix, bias = torch.randn(32, 24), torch.randn(32)
+    gone = dict.fromkeys(parts.projector)
+    tensors = {**gone, "model.mm_projector.weight": matrix, "model.mm_projector.bias": bias}
+    directory = write(tensors, mm_projector_type="linear")
+    loaded = opened(directory)
+    assert loaded.connector == {"type": "linear"}
+    assert torch.equal(loaded.model.get_parameter("multi_modal_projector.linear_1.weight"), matrix)
+    config = json.loads((directory / "config.json").read_text())
+    del config["mm_projector_type"], config["image_aspect_ratio"]
+    (directory / "config.json").write_text(json.dumps(config))
+    assert opened(directory).spec.resize == "crop"  # square: as CLIP's own processor does
+
+
+@pytest.mark.parametrize(
+    ("fields", "tiling"),
+    [
+        (
+            {"image_aspect_ratio": "anyres", "image_grid_pinpoints": [[28, 56], [56, 28]]},
+            Anyres(pinpoints=((28, 56), (56, 28))),
+        ),
+        (
+            {"image_aspect_ratio": "anyres_max_4", "image_grid_pinpoints": "(1x1),...,(2x2)"},
+            Anyres(pinpoints=((28, 28), (28, 56), (56, 28), (56, 56)), shrink_to=4, several="whole"),
+        ),
+    ],
+)
+def test_tiles_of_llava_1_6_are_read_with_their_newline(
+    write: Callable[..., Path], fields: dict[str, Any], tiling: Anyres
+) -> None:
+    newline = torch.arange(32.0)
+    loaded = opened(write({"model.image_newline": newline}, mm_patch_merge_type="spatial_unpad", **fields))
+    assert loaded.spec.tiling == tiling
+    assert loaded.model.image_newline is not None
+    assert torch.equal(loaded.model.image_newline, newline)
+
+
+def test_rows_for_image_and_padding_share_no_probability(parts: Parts, write: Callable[..., Path]) -> None:
+    """The original code has no such rows: the loss is that over the language model's own vocabulary."""
+    loaded = opened(write())
+    rows = parts.language["lm_head.weight"].shape[0]
+    assert rows < loaded.model.language_model.config.vocab_size
+    batch = batch_of(loaded, [[sample(loaded, text=range(40, 50), images=1, trained=5)]])
+    with torch.no_grad():
+        ours = loaded.model(batch)
+        own = loaded.model.logits(batch)[0, :, :rows]
+    expected = functional.cross_entropy(own, batch.labels[0], ignore_index=-100, reduction="sum")
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=0)  # fp32, another order of sums
+    assert min(loaded.model.never()) == rows
+
+
+def test_the_vocabulary_survives_saving(write: Callable[..., Path], tmp_path: Path) -> None:
+    loaded = opened(write())
+    save_model(loaded, None, tmp_path / "saved", made_from={})
+    again = load_model(tmp_path / "saved", dtype=torch.float32)
+    assert again.model.vocabulary == loaded.model.vocabulary is not None
+    assert (again.style, again.template) == (loaded.style, loaded.template)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "message"),
+    [
+        (
+            {"model.mm_projector.0.weight": torch.zeros(32, 20)},
+            {},
+            r"of another shape: .*linear_1.weight is \[32, 20\]",
+        ),
+        ({"model.mm_projector.2.bias": None}, {}, r"1 missing: multi_modal_projector\.linear_2\.bias"),
+        ({"model.mm_projector.4.bias": torch.zeros(32)}, {}, r"1 unexpected: multi_modal_projector\.linear_3\.bias"),
+        ({}, {"mm_projector_type": "ldpnet"}, "mm_projector_type ldpnet is not known; linear and mlpNx_gelu"),
+        ({}, {"s2": True}, "s2: True is not supported"),
+        ({}, {"mm_resampler_type": "qformer"}, "mm_resampler_type: qformer is not supported"),
+        ({}, {"model_type": "bunny-phi"}, "model_type bunny-phi is not known among LLaVA's original classes"),
+        ({}, {"mm_vision_tower": "/no/such/tower"}, "there is no directory '/no/such/tower'; .*--tower"),
+        (
+            {},
+            {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial"},
+            "patch_merge_type spatial is not supp",
+        ),
+        ({}, {"image_aspect_ratio": "anyres", "image_grid_pinpoints": [[30, 56]]}, "is not whole tiles of 28 x 28"),
+        ({}, {"vocab_size": 50}, "the tokenizer has .* tokens, the model 50 embeddings; they do not belong together"),
+        ({}, {"mm_vision_select_feature": "attention"}, "one layer, and patch or cls_patch, can be read"),
+    ],
+)
+def test_what_does_not_fit_is_named(
+    write: Callable[..., Path], tensors: Tensors, config: dict[str, Any], message: str
+) -> None:
+    directory = write(tensors, **config)
+    with pytest.raises(CheckpointError, match=message):
+        opened(directory)
+
+
+def test_a_projector_of_another_tower_is_named(parts: Parts, write: Callable[..., Path], tmp_path: Path) -> None:
+    tower = shutil.copytree(parts.tower, tmp_path / "wider")
+    config = json.loads((tower / "config.json").read_text())
+    (tower / "config.json").write_text(json.dumps({**config, "hidden_size": 48}))
+    with pytest.raises(CheckpointError, match=r"linear_1\.weight is \[32, 24\], needed is \[32, 48\]"):
+        opened(write(), tower=str(tower))
+
+
+def test_base_is_asked_for_and_refused_where_it_has_no_meaning(
+    parts: Parts, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="holds its own language model; leave out base"):
+        opened(write(), base=str(parts.llm))
+    config = original_config(parts.llm, parts.tower, _name_or_path="lmsys/vicuna-7b-v1.5")
+    stage1 = write_original(tmp_path / "stage1", config, {"mm_projector.bin": parts.projector}, parts.llm)
+    with pytest.raises(CheckpointError, match=r"\(lmsys/vicuna-7b-v1.5\); give that model as base .*--base"):
+        opened(stage1)
+    (stage1 / "mm_projector.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"holds no weights: pytorch_model\.bin"):
+        opened(stage1)
+    save_model(parts.composed, None, tmp_path / "whole", made_from={})
+    with pytest.raises(ConfigError, match=r"is whole .*; leave out base and tower"):
+        opened(tmp_path / "whole", tower=str(parts.tower))
