@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from typing import Any, Literal
 
 from mmit.errors import ConfigError
@@ -151,10 +152,8 @@ class Dynamic:
         Of grids equally near in shape the larger wins while the image has more than half of its pixels.
         """
         width, height = size
-        counts = range(1, self.max_tiles + 1)
-        grids = [(c, r) for c in counts for r in counts if self.min_tiles <= c * r <= self.max_tiles]
         nearest, found = math.inf, (1, 1)
-        for columns, rows in sorted(grids, key=math.prod):
+        for columns, rows in _grids(self.min_tiles, self.max_tiles):
             distance = abs(width / height - columns / rows)
             is_tie = distance == nearest and width * height > 0.5 * tile[0] * tile[1] * columns * rows
             if distance < nearest or is_tie:
@@ -191,6 +190,13 @@ def tiling_from_dict(values: Mapping[str, Any]) -> Tiling:
     if "pinpoints" in rest:
         rest["pinpoints"] = tuple((int(width), int(height)) for width, height in rest["pinpoints"])
     return cls(**rest)
+
+
+@lru_cache(maxsize=16)
+def _grids(fewest: int, most: int) -> list[tuple[int, int]]:
+    """(columns, rows) of all grids of so many tiles, the smaller ones first."""
+    counts = range(1, most + 1)
+    return sorted(((c, r) for c in counts for r in counts if fewest <= c * r <= most), key=math.prod)
 
 
 def _padding(size: tuple[int, int], rows: int, columns: int) -> tuple[int, int]:
