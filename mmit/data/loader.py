@@ -24,17 +24,20 @@ from mmit.data.plan import EMPTY, Plan, Row
 from mmit.errors import DataError
 
 Encode = Callable[[Conversation], Encoded]
-Made = tuple[Batch, list[BadSample], str]
-"""A micro-batch, the samples left out of it, and what ends the run (empty: nothing)."""
+Made = tuple[Batch, list[tuple[int, BadSample]], str]
+"""A micro-batch, the samples left out of it with their sources, and what ends the run (empty: nothing)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepBatches:
-    """One optimizer step of one rank: its micro-batches in order, and the samples that were left out of them."""
+    """One optimizer step of one rank: its micro-batches in order, and the samples that were left out of them.
+
+    skipped: each with the number of its source in the plan.
+    """
 
     step: int
     batches: list[Batch]
-    skipped: list[BadSample]
+    skipped: list[tuple[int, BadSample]]
 
 
 class Loader:
@@ -96,7 +99,7 @@ class Loader:
         for step in range(self.start_step, self.plan.steps):
             self._next_step = step
             batches: list[Batch] = []
-            holes: list[BadSample] = []
+            holes: list[tuple[int, BadSample]] = []
             for _ in range(self.micro_batches):
                 batch, bad, failure = next(made)
                 if failure:
@@ -104,7 +107,7 @@ class Loader:
                 batches.append(batch)
                 holes.extend(bad)
             skipped += len(holes)
-            self._check_skipped(skipped, holes)
+            self._check_skipped(skipped, [sample for _, sample in holes])
             yield StepBatches(step=step, batches=batches, skipped=holes)
 
     def rows(self, step: int, micro_batch: int, count: int) -> list[Row]:
@@ -157,7 +160,7 @@ class _MicroBatches(Dataset[Made]):
     def __getitem__(self, index: int) -> Made:
         step, micro_batch = divmod(index, self.loader.micro_batches)
         rows = self.loader.rows(self.loader.start_step + step, micro_batch, self.rows)
-        bad: list[BadSample] = []
+        bad: list[tuple[int, BadSample]] = []
         made: list[list[tuple[int, Encoded]]] = []
         failure = ""
         try:
@@ -174,14 +177,14 @@ class _MicroBatches(Dataset[Made]):
         )
         return batch, bad, failure
 
-    def _row(self, row: Row, bad: list[BadSample]) -> list[tuple[int, Encoded]]:
+    def _row(self, row: Row, bad: list[tuple[int, BadSample]]) -> list[tuple[int, Encoded]]:
         found: list[tuple[int, Encoded]] = []
         for source, number in row.samples:
             self.loader.note_reading(source, number)
             made = self._sample(source, number)
             self.loader.note_reading(-1, 0)
             if isinstance(made, BadSample):
-                bad.append(made)
+                bad.append((source, made))
             else:
                 found.append((source, made))
         return found

@@ -193,21 +193,30 @@ def _list_spans(path: Path, content: mmap.mmap, start: int) -> Iterator[tuple[in
                 previous = end = piece.end()
                 yield element, previous - element
             elif depth == 0:
-                if content[previous : piece.start()].strip(_SPACE):
-                    raise _broken(path, previous, "Expecting ',' and an object, or the end of the list")
+                if rest := content[previous : piece.start()].strip(_SPACE):
+                    if rest != b",":
+                        raise _no_object(path, previous)
+                    raise _broken(path, previous, "Expecting an object behind the ',', or the end of the list")
                 if content[piece.end() :].strip(_SPACE):
                     raise _broken(path, piece.end(), "Extra data after the list")
                 return
         elif piece.end() - piece.start() == 1:
             raise _broken(path, piece.start(), "Unterminated string")
         elif depth == 1:
-            raise _broken(path, piece.start(), "Expecting an object")
+            raise _no_object(path, piece.start())
     raise _broken(path, len(content), "The list is not closed: the file was cut off")
 
 
 def _check_between(path: Path, content: mmap.mmap, previous: int, element: int, *, first: bool) -> None:
-    if content[previous:element].strip(_SPACE) != (b"" if first else b","):
+    between = content[previous:element].strip(_SPACE)
+    if between.strip(b"," + _SPACE):
+        raise _no_object(path, previous)
+    if between != (b"" if first else b","):
         raise _broken(path, previous, "Expecting an object" if first else "Expecting ',' delimiter")
+
+
+def _no_object(path: Path, offset: int) -> DataError:
+    return DataError(f"{_place(path, offset)}: the list holds what is no object {{...}}, and every record is one")
 
 
 def _lines(content: mmap.mmap, start: int) -> Iterator[tuple[int, int]]:
@@ -220,10 +229,15 @@ def _lines(content: mmap.mmap, start: int) -> Iterator[tuple[int, int]]:
 
 
 def _broken(path: Path, offset: int, reason: str) -> DataError:
+    return DataError(f"{_place(path, offset)}: the JSON is broken: {reason}")
+
+
+def _place(path: Path, offset: int) -> str:
+    """File, line and column of a byte."""
     with _mapped(path) as content:
         line = content[:offset].count(b"\n") + 1
         column = offset - (content.rfind(b"\n", 0, offset) + 1) + 1
-    return DataError(f"{path}:{line}:{column}: the JSON is broken: {reason}")
+    return f"{path}:{line}:{column}"
 
 
 def _line_of(path: Path, offset: int) -> int:

@@ -21,7 +21,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -44,7 +44,7 @@ VERSION = 2
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """What a checkpoint must agree on with the run that continues it."""
+    """What a checkpoint must agree on with the run that continues it, and the broken samples of each source so far."""
 
     step: int
     stage: str
@@ -53,6 +53,7 @@ class RunState:
     zero_stage: int
     precision: str
     settings: Mapping[str, Any]
+    skipped: Mapping[str, int] = field(default_factory=dict)
     version: int = VERSION
 
 
@@ -120,8 +121,8 @@ def check_continues(found: RunState, wanted: RunState, checkpoint: Path) -> None
             "world": f"it was written by {found.world} ranks of an older mmit and this run has {wanted.world}",
             "zero_stage": f"an older mmit wrote it under ZeRO-{found.zero_stage}, not ZeRO-{wanted.zero_stage}",
         }
-    for field, change in same.items():
-        if getattr(found, field) != getattr(wanted, field):
+    for name, change in same.items():
+        if getattr(found, name) != getattr(wanted, name):
             raise CheckpointError(f"{checkpoint}: cannot be continued: {change}; {remedy}")
 
 
@@ -234,7 +235,7 @@ def resume(folder: Path, engine: Engine, wanted: RunState, *, steps: int) -> Run
         logger.info("continues from %s", checkpoint)
         if (stored.world, stored.zero_stage) != (wanted.world, wanted.zero_stage):
             logger.info("which %d ranks wrote under ZeRO-%d", stored.world, stored.zero_stage)
-        return replace(wanted, step=stored.step)
+        return replace(wanted, step=stored.step, skipped=stored.skipped)
     if found:
         raise CheckpointError(f"{folder}: every checkpoint is damaged; train the stage again with --fresh")
     return wanted

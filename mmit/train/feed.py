@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +17,6 @@ from mmit.batch import Encoded
 from mmit.config import Data, RunConfig, Source, Stage
 from mmit.conversation import Conversation
 from mmit.data import (
-    BadSample,
     Choice,
     LengthTable,
     Loader,
@@ -127,22 +125,6 @@ class Feed:
             on_missing_shard=self.stage.data.on_missing_shard,
             by_source=self.stage.log.by_source,
         )
-
-
-class SkippedRecord:
-    """The broken samples of this rank, one JSON line each in ``skipped-rankN.jsonl``; rank 0 also logs them."""
-
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / f"skipped-rank{rank()}.jsonl"
-
-    def note(self, skipped: Sequence[BadSample], *, step: int) -> None:
-        """Write down what was left out of a step."""
-        if not skipped:
-            return
-        with self._path.open("a", encoding="utf-8") as file:
-            for sample in skipped:
-                logger.warning("skipped: %s", sample)
-                file.write(json.dumps({"step": step, **asdict(sample)}) + "\n")
 
 
 def make_encode(data: Data, loaded: LoadedModel | Outline) -> Encode:

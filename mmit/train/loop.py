@@ -27,7 +27,7 @@ from mmit.train.watchdog import COMPUTING, READING, SAVING, WAITING, Watchdog
 
 if TYPE_CHECKING:
     from mmit.data import Loader, StepBatches
-    from mmit.train.feed import SkippedRecord
+    from mmit.train.skipped import SkippedRecord
 
 
 _DIGESTS = 2**48
@@ -50,7 +50,7 @@ class StopRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """Integers of one step, summed over all ranks."""
+    """Integers of one step, summed over all ranks. skipped_of: for each source of the plan."""
 
     trained_tokens: int
     tokens: int
@@ -59,10 +59,11 @@ class Counts:
     skipped: int
     digest: int
     stops: int
+    skipped_of: tuple[int, ...]
 
     @classmethod
-    def of(cls, step: StepBatches, *, stop: bool) -> Counts:
-        """The sums over all ranks; collective."""
+    def of(cls, step: StepBatches, *, stop: bool, sources: int) -> Counts:
+        """The sums over all ranks; collective. sources: of the plan."""
         digest = sum(_hash(name) for batch in step.batches for name in batch.sample_ids) % _DIGESTS
         local = [
             sum(batch.trained_tokens for batch in step.batches),
@@ -72,6 +73,7 @@ class Counts:
             len(step.skipped),
             digest,
             int(stop),
+            *(sum(of == source for of, _ in step.skipped) for source in range(sources)),
         ]
         # equal on all ranks if, and only if, the mean of the squares is the square of the mean
         same = [step.step, len(step.batches)]
@@ -85,9 +87,9 @@ class Counts:
                 f"on average they are at step {steps / ranks + 1:g} with {batches / ranks:g}; "
                 "they must read the same data with the same version of mmit"
             )
-        sums = dict(zip(cls.__dataclass_fields__, total, strict=True))
+        sums = dict(zip(cls.__dataclass_fields__, total[: len(local) - sources], strict=False))
         sums["digest"] %= _DIGESTS  # however many ranks the samples were dealt to
-        return cls(**sums)
+        return cls(**sums, skipped_of=tuple(total[len(local) - sources :]))
 
 
 def _hash(sample_id: str) -> int:
@@ -114,10 +116,10 @@ def train_steps(
     for step, wait in _timed(iter(loader), watchdog, loader.start_step):
         started = time.perf_counter() - wait
         watchdog.mark(WAITING, step=step.step + 1)
-        counts = Counts.of(step, stop=stop.asked)
-        skipped.note(step.skipped, step=step.step + 1)
+        counts = Counts.of(step, stop=stop.asked, sources=len(loader.plan.sources))
         if counts.stops:
             return False
+        skipped.note(step.skipped, counts.skipped_of, step=step.step + 1)
         if counts.trained_tokens == 0:
             raise TrainingError(
                 f"step {step.step + 1} has no trained token on any rank: {counts.samples} samples, "
@@ -142,6 +144,7 @@ def train_steps(
                     images=counts.images,
                     samples=counts.samples,
                     skipped=counts.skipped,
+                    skipped_in_all=sum(skipped.totals.values()),
                     samples_digest=counts.digest,
                     seconds=time.perf_counter() - started,
                     wait_seconds=wait,
@@ -150,6 +153,7 @@ def train_steps(
             )
         watchdog.mark(SAVING, step=step.step + 1)
         after_step(step.step + 1, counts)
+    skipped.announce()
     return True
 
 

@@ -21,6 +21,7 @@ class StepRecord:
     grad_norm: 2-norm of the gradient over all trained parameters, before clipping.
     seconds, wait_seconds: wall clock of the step, and the part of it spent waiting for data (rank 0).
     loss_by_source: the loss over the trained tokens of each source that has any, where ``log.by_source`` asks for it.
+    skipped, skipped_in_all: broken samples of the step, and of all steps so far.
     samples_digest: sum of 64-bit hashes of the sample ids, modulo 2**63: equal where the same samples were seen.
     """
 
@@ -33,6 +34,7 @@ class StepRecord:
     images: int
     samples: int
     skipped: int
+    skipped_in_all: int
     samples_digest: int
     seconds: float
     wait_seconds: float
@@ -97,8 +99,8 @@ class Recorder:
             f"data wait {record.wait_seconds / record.seconds:.0%}",
             f"ETA {_clock(left)}",
         ]
-        if record.skipped:
-            parts.append(f"skipped {record.skipped}")
+        if record.skipped_in_all:
+            parts.append(f"skipped {record.skipped}, in all {record.skipped_in_all}")
         return "  ".join(parts)
 
     def draw(self) -> None:

@@ -15,7 +15,10 @@ from mmit.train.features import StageFeatures
 
 
 def model_writer(
-    engine: Engine, loaded: LoadedModel, made_from: dict[str, Any], features: StageFeatures | None
+    engine: Engine,
+    loaded: LoadedModel,
+    made_from: Callable[[], dict[str, Any]],
+    features: StageFeatures | None,
 ) -> Callable[[Path], None]:
     """A function that writes the model into a directory; collective, rank 0 writes.
 
@@ -27,6 +30,6 @@ def model_writer(
         if rank() != 0:
             return
         with nullcontext({}) if features is None else present(loaded.model, features.file) as weights:
-            save_model(loaded, {**state, **weights}, directory, made_from=made_from)
+            save_model(loaded, {**state, **weights}, directory, made_from=made_from())
 
     return write

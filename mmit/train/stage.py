@@ -145,17 +145,18 @@ def _check_ranks_agree(state: RunState) -> None:
 
 def _run(ready: _Ready, *, stop: StopRequest) -> Path:
     from mmit.train import checkpoint
-    from mmit.train.feed import SkippedRecord
     from mmit.train.loop import train_steps
     from mmit.train.metrics import Recorder
     from mmit.train.model_writer import model_writer
     from mmit.train.optim import LearningRate
+    from mmit.train.skipped import SkippedRecord
     from mmit.train.trained import FirstStepCheck
     from mmit.train.watchdog import Watchdog
 
     stage, folder, state, steps = ready.stage, ready.folder, ready.state, ready.feed.plan.steps
     made_from = checkpoint.facts(ready.config, stage=ready.name, plan=ready.feed.plan.fingerprint)
-    write_model = model_writer(ready.engine, ready.loaded, made_from, ready.features)
+    skipped = SkippedRecord(folder, ready.feed.plan, state, max_skipped=stage.data.max_skipped)
+    write_model = model_writer(ready.engine, ready.loaded, lambda: made_from | skipped.facts(), ready.features)
     check = FirstStepCheck(ready.engine.module, seldom=ready.loaded.model.by_row)
     done, first = state.step, state.step + 1
 
@@ -163,7 +164,7 @@ def _run(ready: _Ready, *, stop: StopRequest) -> Path:
         checkpoint.save(
             folder / "checkpoints",
             ready.engine,
-            replace(state, step=done),
+            replace(state, step=done, skipped=dict(skipped.totals)),
             write_model=write_model,
             keep_last=stage.save.keep_last,
         )
@@ -186,7 +187,7 @@ def _run(ready: _Ready, *, stop: StopRequest) -> Path:
             ready.engine,
             LearningRate.of(stage.optim, steps=steps),
             recorder,
-            SkippedRecord(folder),
+            skipped,
             stop=stop,
             watchdog=watchdog,
             seed=ready.config.seed,

@@ -167,7 +167,7 @@ def test_a_broken_sample_is_a_hole_and_nothing_shifts(plan: Plan) -> None:
         assert ids(after) == Counter({name: k for name, k in ids(before).items() if name not in broken})
         for one, two in zip(before.batches, after.batches, strict=True):
             assert two.sample_ids == tuple(name for name in one.sample_ids if name not in broken)
-    listed = [bad for step in holed for bad in step.skipped]
+    listed = [bad for step in holed for _, bad in step.skipped]
     assert Counter((bad.id, bad.key, bad.reason) for bad in listed) == {
         (name, name[5:], "the image is damaged"): 2 for name in broken
     }
@@ -213,7 +213,7 @@ def test_the_samples_of_a_shard_that_vanished_are_holes_where_asked(
     shards.tars[2].unlink()
     shards._files.close(2)
     steps = list(loader(made, workers=workers, on_missing_shard="skip", max_skipped=0.2))
-    holes = [sample for step in steps for sample in step.skipped]
+    holes = [sample for step in steps for _, sample in step.skipped]
     assert [sample.shard for sample in holes] == ["shard-000002.tar"] * 5
     assert sorted(sample.id for sample in holes) == [f"sample {number}" for number in range(10, 15)]
     assert sum(map(ids, steps), Counter()) == Counter({f"tiny/{n:08d}" for n in range(30)} - gone)
@@ -238,7 +238,7 @@ def test_damaged_pictures_of_any_kind_are_holes(tmp_path: Path) -> None:
 
     (step,) = loader(planned(open_source(tmp_path)), encode=decoding, max_skipped=1)
     assert sorted(step.batches[0].sample_ids) == ["s/0"]
-    reasons = {sample.key: sample.reason for sample in step.skipped}
+    reasons = {sample.key: sample.reason for _, sample in step.skipped}
     assert sorted(reasons) == ["k1", "k2", "k3", "k4"]
     assert "zero bytes" in reasons["k1"]
     assert "pixels" in reasons["k2"]

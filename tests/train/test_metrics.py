@@ -18,6 +18,7 @@ def record(step: int, loss: float) -> StepRecord:
         images=2,
         samples=4,
         skipped=0,
+        skipped_in_all=0,
         samples_digest=7,
         seconds=0.5,
         wait_seconds=0.1,
