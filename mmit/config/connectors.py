@@ -122,7 +122,7 @@ class QFormerConnector(Section):
     dropout: BelowOne = 0.0
     """Dropout while the connector trains (BERT's is 0.1); 0 keeps training deterministic."""
     pretrained: str = ""
-    """Weights to start from: a BERT, BLIP-2 or InstructBLIP model of transformers (directory or hub name), or a file
+    """Weights to start from: the directory of a BERT, BLIP-2 or InstructBLIP model of transformers, or a ``.pth`` file
     of LAVIS; empty: random ones."""
     instruction: Instruction | None = None
     """Reads the question too (InstructBLIP); left out: looks at the picture alone (BLIP-2)."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from mmit.config import ComposedModel, WholeModel
+from mmit.config import ComposedModel, QFormerConnector, WholeModel
 from mmit.images import ImageSpec, View
 from mmit.models.absent import AbsentTower, frame_of
 from mmit.models.connectors import Connector, build_connector, instruction_reader
+from mmit.models.connectors.qformer import QFormer
+from mmit.models.connectors.qformer_weights import start_from
 from mmit.models.encoders import VisionEncoder, build_encoder, encoders_of, section_of
 from mmit.models.language_models import check_vocabulary, grow_embeddings, read_language_model, start_rows, token_table
 from mmit.models.load import Adapter, load_model
@@ -57,6 +59,9 @@ def _compose(section: ComposedModel, tower: nn.Module, *, dtype: torch.dtype, se
         dtype=dtype,
     )
     assert isinstance(connector, Connector), "build_connector checks it"
+    if isinstance(section.connector, QFormerConnector) and section.connector.pretrained:
+        assert isinstance(connector, QFormer), "the section is that of one"
+        start_from(connector, section.connector.pretrained)
     spec = image_spec(section, frame_of(tower), connector)
     return LoadedModel(
         model=VisionLanguageModel(

@@ -20,8 +20,10 @@ from mmit.errors import CheckpointError
 _ASKED_FOR = re.compile(r"GLOBAL ([\w.]*\w)")
 
 
-def read_pickled(file: Path, *, place: Literal["cpu", "meta"] = "cpu") -> dict[str, Tensor]:
+def read_pickled(file: Path, *, place: Literal["cpu", "meta"] = "cpu", inside: str = "") -> dict[str, Tensor]:
     """The tensors of a ``*.bin`` file by name, memory-mapped; on ``meta`` only their shapes and dtypes.
+
+    inside: the entry of the file's dictionary that holds them, where it has one of this name.
 
     Raises CheckpointError for a file that is damaged, holds anything but tensors, or asks for code to be run.
     """
@@ -39,6 +41,8 @@ def read_pickled(file: Path, *, place: Literal["cpu", "meta"] = "cpu") -> dict[s
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError, IndexError) as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise CheckpointError(f"{file} is damaged or incomplete ({reason}); copy or make it again") from error
+    if inside and isinstance(content, dict):
+        content = content.get(inside, content)
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} holds a {type(content).__name__}, not tensors by their names")
     if strangers := [str(name) for name, value in content.items() if not isinstance(value, Tensor)]:

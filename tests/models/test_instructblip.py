@@ -179,6 +179,24 @@ def test_a_model_that_was_composed_here_opens_with_transformers_class(
     agree(loaded, tmp_path / "out")
 
 
+def test_a_fresh_model_starts_from_the_qformer_of_another(
+    directories: dict[Kind, Path], sections: dict[str, ComposedModel], tmp_path: Path
+) -> None:
+    section = composed(
+        directories["llama"],
+        language_model__path=sections["clip_llama"].language_model.path,
+        **{"connector__tokens": QUERIES, "connector__depth": 3, "connector__pretrained": str(directories["llama"])},
+    )
+    started = build_model(section, dtype=torch.float32, seed=3)
+    origin = load_model(directories["llama"], dtype=torch.float32).model.state_dict()
+    for name, tensor in started.model.state_dict().items():
+        if name.startswith("multi_modal_projector.") and "language_projection" not in name:
+            rows = slice(len(tensor) if "position_embeddings" in name or "word_embeddings" in name else None)
+            assert torch.equal(tensor, origin[name][rows]), name
+    save_model(started, None, tmp_path / "out", made_from={})
+    assert json.loads((tmp_path / "out" / "mmit.json").read_text())["connector"]["pretrained"] == ""
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

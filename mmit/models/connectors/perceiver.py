@@ -22,6 +22,7 @@ class PerceiverResampler(nn.Module):
         super().__init__()
         self.width_in = width_in
         self.width_out = width_out
+        self.count = count
         self.latents = nn.Parameter(torch.randn(count, width_in))
         self.layers = nn.ModuleList(
             nn.ModuleList([_Attention(width_in, heads=heads, head_width=head_width), _feed_forward(width_in)])
@@ -33,7 +34,7 @@ class PerceiverResampler(nn.Module):
     def tokens(self, patches: int) -> int:
         """Always the number of latents."""
         del patches
-        return self.latents.shape[0]
+        return self.count
 
     def forward(self, patches: Tensor) -> Tensor:
         """Image tokens (N, count, width_out) of patch features (N, P, width_in)."""

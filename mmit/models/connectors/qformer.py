@@ -57,6 +57,7 @@ class QFormer(nn.Module):
         super().__init__()
         self.width_in = width_in
         self.width_out = width_out
+        self.count = count
         self.reads_instruction = reading is not None
         self.query_tokens = nn.Parameter(torch.empty(1, count, shape.hidden_size))
         nn.init.normal_(self.query_tokens, std=0.02)
@@ -82,7 +83,7 @@ class QFormer(nn.Module):
     def tokens(self, patches: int) -> int:
         """Always the number of queries."""
         del patches
-        return self.query_tokens.shape[1]
+        return self.count
 
     def forward(self, patches: Tensor, ids: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Image tokens (N, Q, width_out) of patch features (N, P, width_in).
