@@ -8,7 +8,7 @@ from torch import nn
 from mmit.config import ComposedModel, QFormerConnector, WholeModel
 from mmit.images import ImageSpec, View
 from mmit.models.absent import AbsentTower, frame_of
-from mmit.models.connectors import Connector, build_connector, instruction_reader
+from mmit.models.connectors import Connector, build_connector, check_picture, instruction_reader
 from mmit.models.connectors.qformer import QFormer
 from mmit.models.connectors.qformer_weights import start_from
 from mmit.models.encoders import VisionEncoder, build_encoder, encoders_of, section_of
@@ -98,6 +98,7 @@ def image_spec(section: ComposedModel, tower: nn.Module, connector: Connector) -
         for one, encoder in zip(sections, encoders_of(tower), strict=True)
     ]
     assert isinstance(tower, VisionEncoder), "build_encoder checks it"
+    check_picture(connector, seen[0].size)
     return ImageSpec(
         size=seen[0].size,
         mean=seen[0].mean,

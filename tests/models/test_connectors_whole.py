@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from models_support import batch_of, sample
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmit.config import ComposedModel, WholeModel
+from mmit.errors import ConfigError
 from mmit.models import LoadedModel, build_model, load_model, read_outline, save_model
+from mmit.models.encoders import ImageInput
 
 KINDS: list[dict[str, Any]] = [
     {"type": "linear"},
@@ -62,3 +64,24 @@ def test_a_model_with_any_connector_trains_and_is_read_back_to_the_bit(
     assert read_outline(WholeModel(path=str(tmp_path / "model"))).spec == loaded.spec
     reason = json.loads((tmp_path / "model" / "mmit.json").read_text()).get("not_llava_because", "")
     assert "its projector has exactly two linear layers, this connector is" in reason
+
+
+class Wide(nn.Module):
+    """Pictures of 56 x 14 pixels: four patches beside each other, which are a square number and no square."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.patches = 24, 4
+        self.image = ImageInput(size=(14, 56), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+        self.cut = nn.Conv2d(3, 24, 14, 14)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.cut(pixels).flatten(2).transpose(1, 2)
+
+
+def test_a_strip_of_patches_is_not_taken_for_a_square(sections: dict[str, ComposedModel]) -> None:
+    content = sections["clip_llama"].model_dump() | {"encoder": {"type": f"{__name__}:Wide"}}
+    assert build_model(ComposedModel.model_validate(content), dtype=torch.float32, seed=3).spec.tokens_per_tile == 4
+    section = ComposedModel.model_validate(content | {"connector": {"type": "pixel_shuffle"}})
+    with pytest.raises(ConfigError, match=r"PixelShuffleProjector needs a square grid .* pictures of 56 x 14 pixels"):
+        build_model(section, dtype=torch.float32, seed=3)

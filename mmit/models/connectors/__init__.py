@@ -7,6 +7,7 @@ from mmit.models.connectors.build import build_connector
 from mmit.models.connectors.checks import check_connector
 from mmit.models.connectors.interface import (
     Connector,
+    check_picture,
     idle_parameters,
     instruction_reader,
     keeps_grid,
@@ -19,6 +20,7 @@ __all__ = [
     "MlpProjector",
     "build_connector",
     "check_connector",
+    "check_picture",
     "idle_parameters",
     "instruction_reader",
     "keeps_grid",

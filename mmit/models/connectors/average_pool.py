@@ -18,6 +18,7 @@ class AveragePoolProjector(nn.Module):
     """
 
     keeps_grid = True
+    needs_square = True
 
     def __init__(self, *, width_in: int, width_out: int, count: int, depth: int) -> None:
         super().__init__()

@@ -24,6 +24,7 @@ class CAbstractor(nn.Module):
     """
 
     keeps_grid = True
+    needs_square = True
 
     def __init__(
         self, *, width_in: int, width_out: int, patches: int, count: int, hidden: int, blocks: int, depth: int

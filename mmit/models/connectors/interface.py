@@ -21,6 +21,8 @@ class Connector(Protocol):
     reads_instruction: it is called as ``connector(patches, ids, mask)`` with the question of each tile's turn, ids and
     mask (N, L) (default False). It then has ``instruction_tokenizer``, directory or hub name, and
     ``instruction_length``, the most tokens of a question.
+    needs_square: it takes the patches for a square grid, row by row, which a number of patches does not show
+    (default False).
     idle: names of parameters that it only keeps for files and that no output depends on (default none).
     """
 
@@ -39,6 +41,15 @@ class Connector(Protocol):
 def keeps_grid(connector: nn.Module | Connector) -> bool:
     """True where the image tokens of a tile are a square grid, row by row, over the tile's picture."""
     return bool(getattr(connector, "keeps_grid", False))
+
+
+def check_picture(connector: object, size: tuple[int, int]) -> None:
+    """Raise ConfigError where pictures of ``size`` (H, W) give no square grid and the connector takes it for one."""
+    if getattr(connector, "needs_square", False) and size[0] != size[1]:
+        raise ConfigError(
+            f"model.connector: {type(connector).__name__} needs a square grid of patches, the encoder takes pictures "
+            f"of {size[1]} x {size[0]} pixels"
+        )
 
 
 def reads_instruction(connector: nn.Module) -> bool:

@@ -28,6 +28,7 @@ class PixelShuffleProjector(nn.Module):
     """Pixel shuffle, layer norm, then ``depth`` linear layers; InternVL 1.5 takes factor 2 and depth 2."""
 
     keeps_grid = True
+    needs_square = True
 
     def __init__(self, *, width_in: int, width_out: int, factor: int, depth: int) -> None:
         super().__init__()
