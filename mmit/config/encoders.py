@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, PositiveInt, Tag
+from pydantic import AfterValidator, Discriminator, Field, PositiveInt, Tag
 
 from mmit.config.parts import CustomPart, kind_of
 from mmit.config.sections import Section
@@ -12,10 +12,27 @@ from mmit.config.sections import Section
 LayerNumber = Annotated[int, Field(strict=True)]
 
 
+def _is_list(value: object) -> bool:
+    return isinstance(value, list | tuple)
+
+
+def _not_empty(layers: tuple[int, ...]) -> tuple[int, ...]:
+    if not layers:
+        raise ValueError("an empty list of layers; name at least one")
+    return layers
+
+
+Layer = Annotated[
+    Annotated[LayerNumber, Tag("one layer")]
+    | Annotated[tuple[LayerNumber, ...], AfterValidator(_not_empty), Tag("several layers")],
+    Discriminator(lambda value: "several layers" if _is_list(value) else "one layer"),
+]
+
+
 class TowerSection(Section):
     """What is said of a built-in encoder, whichever library it comes from."""
 
-    layer: LayerNumber | Annotated[tuple[LayerNumber, ...], Field(min_length=1)] = -2
+    layer: Layer = -2
     """Hidden state to take, counted as in transformers: -1 the last layer, -2 the one before it, 0 the embeddings (of
     transformers' towers only). A list takes several, their features side by side."""
     cls: Literal["drop", "keep"] = "drop"
@@ -49,14 +66,26 @@ class OpenClipEncoder(TowerSection):
     """open_clip's tag, such as ``openai``, or a weight file."""
 
 
+def _not_random(pretrained: bool | str) -> bool | str:
+    if pretrained is False:
+        raise ValueError("false would be an encoder of random weights; true takes those that belong to the name")
+    return pretrained
+
+
 class TimmEncoder(TowerSection):
     """A vision transformer read by timm."""
 
     type: Literal["timm"]
     name: str
     """timm's model name, such as ``vit_so400m_patch14_siglip_384.webli``, or ``hf-hub:`` and a repository."""
-    pretrained: Literal[True] | str = True
+    pretrained: Annotated[bool | str, AfterValidator(_not_random)] = True
     """``true`` for the weights that belong to the name, or a weight file."""
+
+
+def _at_least_two(encoders: tuple[OneEncoder, ...]) -> tuple[OneEncoder, ...]:
+    if len(encoders) < 2:
+        raise ValueError(f"a list of {len(encoders)} encoders; give at least two, or one that is no list")
+    return encoders
 
 
 OneEncoder = TransformersEncoder | OpenClipEncoder | TimmEncoder | CustomPart
@@ -73,7 +102,7 @@ _OneEncoder = Annotated[
 ]
 Encoder = Annotated[
     Annotated[_OneEncoder, Tag("one encoder")]
-    | Annotated[tuple[_OneEncoder, ...], Field(min_length=2), Tag("several encoders")],
-    Discriminator(lambda value: "several encoders" if isinstance(value, list | tuple) else "one encoder"),
+    | Annotated[tuple[_OneEncoder, ...], AfterValidator(_at_least_two), Tag("several encoders")],
+    Discriminator(lambda value: "several encoders" if _is_list(value) else "one encoder"),
 ]
 """One encoder, or several whose features are joined along the width; each sees the picture in its own way."""
