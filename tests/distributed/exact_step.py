@@ -38,7 +38,7 @@ def sample(number: int, *, text: int, images: int, trained: int, loaded: Any, wi
     ids = torch.cat([torch.full((sum(plan.tokens for plan in plans),), loaded.image_id), words])
     labels = torch.full_like(ids, IGNORE)
     labels[-1 - trained : -1] = ids[-trained:] if trained else ids[:0]
-    size = loaded.model.spec.size
+    size = loaded.model.spec.canvas
     tiles = sum(plan.tiles for plan in plans)
     pixels = torch.randint(0, 256, (tiles, 3, *size), generator=generator, dtype=torch.uint8)
     return Encoded(id=str(number), input_ids=ids, labels=labels, pixels=pixels, plans=plans)
@@ -57,14 +57,15 @@ def micro_batches(loaded: Any) -> list[list[Batch]]:
     both = [[c], [d]] if loaded.model.packing_fault else [[c, d]]
     made = [[[[a]], [[b]]], [both, [[e], []]]]
     return [
-        [collate(rows, pad_id=loaded.pad_id, image_size=loaded.model.spec.size) for rows in of_rank] for of_rank in made
+        [collate(rows, pad_id=loaded.pad_id, image_size=loaded.model.spec.canvas) for rows in of_rank]
+        for of_rank in made
     ]
 
 
-def full_batch_step(config: Any) -> tuple[dict[str, torch.Tensor], float, float]:
+def full_batch_step(config: Any, rules: dict[str, float] = RULES) -> tuple[dict[str, torch.Tensor], float, float]:
     """Parameters after one AdamW step on the mean over all trained tokens, in one process without DeepSpeed."""
     loaded = build_model(config.model, dtype=torch.float32, seed=0)
-    groups = loaded.model.train_only(RULES)
+    groups = loaded.model.train_only(rules)
     optimizer = adamw(parameter_groups(loaded.model, groups, weight_decay=0.1), betas=(0.9, 0.999), eps=EPS)
     batches = [batch for of_rank in micro_batches(loaded) for batch in of_rank]
     total = sum(batch.trained_tokens for batch in batches)
@@ -79,11 +80,13 @@ def settings_of(zero: Zero) -> dict[str, Any]:
     return deepspeed_config(zero, dtype=torch.float32, rows_per_micro_batch=1, micro_batches=2, clip_norm=0.5)
 
 
-def engine_step(config: Any, zero: Zero, *, checkpointing: bool) -> tuple[dict[str, torch.Tensor], float, float]:
+def engine_step(
+    config: Any, zero: Zero, *, checkpointing: bool, rules: dict[str, float] = RULES
+) -> tuple[dict[str, torch.Tensor], float, float]:
     settings = settings_of(zero)
     with placed(Partitioned(settings) if zero.stage == 3 else WHOLE):
         loaded = build_model(config.model, dtype=torch.float32, seed=0)
-    groups = loaded.model.train_only(RULES)
+    groups = loaded.model.train_only(rules)
     if checkpointing:
         loaded.model.enable_activation_checkpointing()
     optimizer = adamw(parameter_groups(loaded.model, groups, weight_decay=0.1), betas=(0.9, 0.999), eps=EPS)
@@ -169,11 +172,14 @@ def main(run_file: str) -> None:
     result["born"] = born_partitioned(config, Path(run_file).parent)
     import adapter_step
     import elastic_state
+    import encoder_step
 
     elastic = elastic_state.cases(config, Path(run_file).parent / "states")
+    encoders = encoder_step.cases(config, Path(run_file).parent / "encoders")
     adapters = adapter_step.cases(config, Path(run_file).parent / "adapters")
     if rank() == 0:
         result["adapters"] = adapters
+        result["encoders"] = encoders
         result["elastic"] = elastic
         start = build_model(config.model, dtype=torch.float32, seed=0).model.state_dict()
         result["moved"] = max(float((start[k] - expected[k]).abs().max()) for k in expected)
