@@ -17,7 +17,7 @@ from mmit.errors import CheckpointError
 from mmit.models.absent import AbsentTower, frame_of
 from mmit.models.adapter_names import base_directory, holds_adapter
 from mmit.models.connectors import Connector, build_connector, instruction_reader
-from mmit.models.encoders import LayeredTower, VisionEncoder
+from mmit.models.encoders import LayeredTower, VisionEncoder, encoders_of
 from mmit.models.formats import Contents, Format, detect, read_contents
 from mmit.models.formats.contents import Json
 from mmit.models.hub_files import feature_layer, select_strategy
@@ -112,18 +112,7 @@ def load_weights(model: VisionLanguageModel, path: Path | str, *, adapter: Adapt
     contents = read_contents(directory)
     form = detect(contents)
     tower = frame_of(model.vision_tower)
-    config = contents.config
-    if "vision_feature_layer" in config and isinstance(tower, LayeredTower):
-        there = (
-            _from_end(config["vision_feature_layer"], tower.depth),
-            config["vision_feature_select_strategy"],
-        )
-        here = (feature_layer(tower), select_strategy(tower))
-        if there != here:
-            raise CheckpointError(
-                f"{contents.directory} reads the encoder at layer {there[0]} ({there[1]}), the run file at layer "
-                f"{here[0]} ({here[1]}); make model.encoder.layer and model.encoder.cls the same"
-            )
+    _check_reading(contents, tower)
     with placed(model.placement), form.tensors(contents, tower) as stored:
         read_into(model, stored)
     _take_adapter(model, directory, adapter)
@@ -192,6 +181,36 @@ def _frame(contents: Contents, form: Format, *, dtype: torch.dtype) -> tuple[nn.
     frame.language_model = language_model
     frame.vision_tower = tower
     return frame, encoder, connector
+
+
+def _check_reading(contents: Contents, tower: nn.Module) -> None:
+    """Raise CheckpointError where the directory reads its encoders elsewhere than the run file does."""
+    stored, encoders = _stored_readings(contents), encoders_of(tower)
+    if stored and len(stored) != len(encoders):
+        raise CheckpointError(
+            f"{contents.directory} has {len(stored)} encoders, the run file {len(encoders)}; make the lists the same"
+        )
+    for (layer, strategy), encoder in zip(stored, encoders, strict=False):
+        if layer is None or not isinstance(encoder, LayeredTower):
+            continue
+        there, here = (_from_end(layer, encoder.depth), strategy), (feature_layer(encoder), select_strategy(encoder))
+        if there != here:
+            raise CheckpointError(
+                f"{contents.directory} reads the encoder at layer {there[0]} ({there[1]}), the run file at layer "
+                f"{here[0]} ({here[1]}); make model.encoder.layer and model.encoder.cls the same"
+            )
+
+
+def _stored_readings(contents: Contents) -> list[tuple[int | list[int] | None, str]]:
+    """Layer, and transformers' word for the class token, of each encoder; nothing where the directory does not say.
+
+    An encoder of one's own has no layer: None.
+    """
+    config = contents.config
+    if "vision_feature_layer" in config:
+        return [(config["vision_feature_layer"], config["vision_feature_select_strategy"])]
+    towers = contents.own.get("towers", [])
+    return [(tower.get("layer"), "default" if tower.get("cls") == "drop" else "full") for tower in towers]
 
 
 def _from_end(layer: int | list[int], depth: int) -> int | list[int]:

@@ -85,3 +85,8 @@ def test_a_step_of_adapters_and_a_connector_is_exact_saved_resumed_and_merged(re
 def test_a_step_that_trains_layers_of_three_encoders_side_by_side_is_exact(result: Any, stage: str) -> None:
     """CLIP and DINOv3 of transformers and EVA of timm, whose own parameters are whole in their own forward alone."""
     assert result["encoders"][stage] < 3e-7  # the order of fp32 sums, as above
+    moved = [name for name in result["encoders"]["moved"] if name.startswith("vision_tower.")]
+    layers = ("0.model.encoder.layers", "1.model.blocks", "2.model.model.layer")
+    wanted = {f"vision_tower.towers.{where}.{number}." for where in layers for number in (1, 2)}
+    assert {start for start in wanted for name in moved if name.startswith(start)} == wanted
+    assert all(name.startswith(tuple(wanted)) for name in moved)

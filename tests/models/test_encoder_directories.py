@@ -12,10 +12,11 @@ import pytest
 import torch
 from model_factories import tiny_clip_dir, tiny_dino_dir, tiny_llm_dir, tiny_open_clip, tiny_siglip_dir
 from models_support import batch_of, sample
+from PIL import Image
 from test_fused_towers import custom
 from tiny_timm import open_clip_with, weights_of
 from torch import Tensor
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
 
 from mmit.config import ComposedModel
 from mmit.errors import CheckpointError
@@ -106,6 +107,10 @@ def test_transformers_opens_it_with_the_same_logits(kind: str, tmp_path: Path) -
     torch.testing.assert_close(
         mine, theirs.eval()(input_ids=batch.input_ids, pixel_values=pixels).logits, rtol=0, atol=5e-6
     )
+    processor = AutoProcessor.from_pretrained(directory)
+    inputs = processor(images=Image.new("RGB", (50, 80)), text="What? <image> Say.", return_tensors="pt")
+    assert int((inputs["input_ids"] == ours.image_id).sum()) == ours.spec.tokens_per_tile
+    assert inputs["pixel_values"].shape == pixels[:1].shape
     again = load_model(directory, dtype=torch.float32)
     torch.testing.assert_close(logits(again), mine, rtol=0, atol=5e-6)
     assert again.spec == ours.spec
@@ -127,6 +132,32 @@ def test_what_transformers_cannot_hold_opens_here_without_its_origin(kind: str, 
         parameter.data.zero_()
     load_weights(opened.model, directory)
     assert torch.equal(logits(opened), logits(ours))
+
+
+def test_a_directory_that_reads_its_encoders_elsewhere_is_refused(tmp_path: Path) -> None:
+    ours, directory = saved(IN_OWN["several"][0], tmp_path)
+    description = own(directory)
+    for number, key, value, message in (
+        (0, "layer", [-2, -1], r"layer \[-2, -1\] \(default\), the run file at layer \[-2, -3\] \(default\)"),
+        (2, "cls", "keep", r"layer -2 \(full\), the run file at layer -2 \(default\)"),
+    ):
+        towers = [dict(tower) for tower in description["towers"]]
+        towers[number][key] = value
+        (directory / "mmit.json").write_text(json.dumps(description | {"towers": towers}))
+        with pytest.raises(CheckpointError, match=message):
+            load_weights(ours.model, directory)
+    (directory / "mmit.json").write_text(json.dumps(description | {"towers": description["towers"][:2]}))
+    with pytest.raises(CheckpointError, match="has 2 encoders, the run file 4"):
+        load_weights(ours.model, directory)
+
+
+def test_layers_behind_those_that_are_read_are_trained_in_no_encoder(tmp_path: Path) -> None:
+    ours, _ = saved(IN_OWN["several"][0], tmp_path)
+    (group,) = ours.model.train_only({"vision_tower": 1e-6})
+    layers = {".".join(name.split(".")[1:7]) for name in group.names}
+    assert any(name.startswith("towers.0.model.encoder.layers.1") for name in layers)
+    assert not any("layers.2" in name or "blocks.2" in name for name in layers)
+    assert "vision_tower.towers.3.scale" in group.names
 
 
 def test_a_directory_of_transformers_with_registers_is_refused(tmp_path: Path) -> None:
