@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +28,11 @@ from mmit.models.placement import placed
 from mmit.models.vlm import VisionLanguageModel
 from mmit.models.weights import read_into
 from mmit.templates import ChatTemplate
+
+logger = logging.getLogger("mmit")
+
+NEWLINE = "image_newline"
+"""The newline token, in a model and in a directory."""
 
 MARKER = "COMPLETE"
 """File that makes a checkpoint complete; it is written last."""
@@ -106,6 +112,7 @@ def load_model(
 def load_weights(model: VisionLanguageModel, path: Path | str, *, adapter: Adapter = "merge") -> None:
     """Fill a built model with the weights of a model directory (or a stage's folder).
 
+    A model that cuts pictures into tiles may start from one that does not; its newline token stays as it was drawn.
     Raises CheckpointError where tensors or the way the encoder is read differ.
     """
     directory = find_model_directory(path)
@@ -114,7 +121,10 @@ def load_weights(model: VisionLanguageModel, path: Path | str, *, adapter: Adapt
     tower = frame_of(model.vision_tower)
     _check_reading(contents, tower)
     with placed(model.placement), form.tensors(contents, tower) as stored:
-        read_into(model, stored)
+        stays = model.image_newline is not None and NEWLINE not in stored.shapes and not _unpads(contents, form, model)
+        if stays:
+            logger.info("%s has no %s, as it does not unpad pictures: the fresh one stays", directory, NEWLINE)
+        read_into(model, stored, may_lack=(NEWLINE,) if stays else ())
     _take_adapter(model, directory, adapter)
 
 
@@ -149,6 +159,12 @@ def find_model_directory(path: Path | str) -> Path:
         if (base_directory(candidate) / "config.json").is_file():
             return candidate
     raise CheckpointError(f"{path} holds no model: no config.json here, in model/, or in a complete checkpoint")
+
+
+def _unpads(contents: Contents, form: Format, model: VisionLanguageModel) -> bool:
+    """Whether the model in a directory puts newline tokens between the rows of its pictures."""
+    assert isinstance(model.vision_tower, VisionEncoder)
+    return form.spec(contents, model.vision_tower.image, model.spec.tokens_per_tile).has_newline
 
 
 def _take_adapter(model: VisionLanguageModel, directory: Path, adapter: Adapter) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -18,16 +18,16 @@ from mmit.models.stored import StoredTensors
 _SHOWN = 5
 
 
-def read_into(model: nn.Module, stored: StoredTensors, *, part: str = "") -> None:
+def read_into(model: nn.Module, stored: StoredTensors, *, part: str = "", may_lack: Collection[str] = ()) -> None:
     """Fill a model (children vision_tower, multi_modal_projector, language_model) with the tensors of a directory.
 
     part: the beginning of the names to read; all others in the directory are passed over, as are those of an absent
-    tower. Under the placement in force: one parameter at a time is whole. Raises CheckpointError that lists every
-    missing, unexpected, empty or wrongly shaped tensor before anything is written, and every one with values that are
-    not finite.
+    tower. may_lack: names of tensors that stay as they are where the directory has none. Under the placement in force:
+    one parameter at a time is whole. Raises CheckpointError that lists every missing, unexpected, empty or wrongly
+    shaped tensor before anything is written, and every one with values that are not finite.
     """
     kept = placement()
-    targets = dict(tensors_of(model))
+    targets = {name: t for name, t in tensors_of(model) if name not in may_lack or name in stored.shapes}
     tower = model.get_submodule("vision_tower")
     frame = frame_of(tower)
     sources = disk_names(frame, targets)

@@ -13,6 +13,7 @@ import torch
 from model_factories import HIDDEN, tiny_model_section
 from models_support import batch_of, gradients
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from mmit.batch import Encoded
 from mmit.chat import Chat
@@ -20,7 +21,7 @@ from mmit.chat.prompt import read_prompt
 from mmit.config import ComposedModel
 from mmit.conversation import Conversation, ImageRef, Message
 from mmit.encoding import encode_conversation
-from mmit.errors import ConfigError, DataError
+from mmit.errors import CheckpointError, ConfigError, DataError
 from mmit.models import LoadedModel, build_model, load_model, load_weights, save_model
 from mmit.models.outline import read_outline
 
@@ -164,6 +165,26 @@ def test_a_model_of_tiles_survives_its_directory_and_fills_another(make: Build, 
         fresh = make(seed=9, **tiling)
         load_weights(fresh.model, directory)
         assert all(torch.equal(fresh.model.state_dict()[key], value) for key, value in state.items())
+
+
+def test_a_tiled_model_starts_from_one_of_single_tiles_and_keeps_its_newline_token(
+    make: Build, section: dict[str, Any], tmp_path: Path
+) -> None:
+    single = build_model(ComposedModel.model_validate(section), dtype=torch.float32, seed=8)
+    save_model(single, None, tmp_path / "single", made_from={})
+    tiled, fresh = make(seed=3), make(seed=3)
+    load_weights(tiled.model, tmp_path / "single")
+    state, drawn = tiled.model.state_dict(), fresh.model.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in single.model.state_dict().items())
+    assert torch.equal(state["image_newline"], drawn["image_newline"])
+    # a tiled model without the token is damaged, and a single tile has no use for one
+    save_model(tiled, None, tmp_path / "tiled", made_from={})
+    weights = load_file(tmp_path / "tiled/model.safetensors")
+    with pytest.raises(CheckpointError, match="1 unexpected: image_newline"):
+        load_weights(single.model, tmp_path / "tiled")
+    save_file({k: v for k, v in weights.items() if k != "image_newline"}, tmp_path / "tiled/model.safetensors")
+    with pytest.raises(CheckpointError, match="1 missing: image_newline"):
+        load_weights(tiled.model, tmp_path / "tiled")
 
 
 def test_a_connector_without_a_grid_is_refused_unless_tiles_stay_apart(make: Build) -> None:
