@@ -10,45 +10,24 @@ The default route resizes with torch; ``exact=True`` resizes with PIL, bit for b
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import struct
-import warnings
-import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
-from PIL.JpegImagePlugin import JpegImageFile
+from PIL import Image
 from torch import Tensor
 
 from mmit.errors import ConfigError, DataError
-from mmit.resize import WITH_PIL, WITH_TORCH, Resize, draft_scale
+from mmit.image_files import DEFAULT_MAX_PIXELS, HARD_MAX_PIXELS, decode, read_size
+from mmit.resize import WITH_PIL, WITH_TORCH, Resize
 from mmit.tiling import Anyres, TilePlan, Tiling, tiling_from_dict, tiling_to_dict
+
+__all__ = ["DEFAULT_MAX_PIXELS", "ImageSpec", "View", "normalize", "read_size"]
 
 Alpha = Literal["white", "black", "mean"]
 Size = tuple[int, int]
-
-DEFAULT_MAX_PIXELS = 89_478_485
-"""PIL's own limit, at which it only warns; here an image beyond it is refused before it is decoded."""
-
-_PIL_HARD_LIMIT = 2 * DEFAULT_MAX_PIXELS
-_ORIENTATION = 0x0112
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_SWAPS_SIDES = (5, 6, 7, 8)
-# What PIL's readers raise on damaged files; a bug of ours (KeyError, AttributeError, ...) is not among them.
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError, struct.error, zlib.error)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +94,8 @@ class ImageSpec:
             raise ConfigError("draft decodes a JPEG to other pixels than exact resizing is for; set only one of them")
         if self.draft and self.tiling is not None:
             raise ConfigError("draft gives up the detail that tiling is for; set only one of them")
-        if not 1 <= self.max_pixels <= _PIL_HARD_LIMIT:
-            raise ConfigError(f"max_pixels is {self.max_pixels}; choose 1 to {_PIL_HARD_LIMIT}, PIL's own bound")
+        if not 1 <= self.max_pixels <= HARD_MAX_PIXELS:
+            raise ConfigError(f"max_pixels is {self.max_pixels}; choose 1 to {HARD_MAX_PIXELS}, PIL's own bound")
         if isinstance(self.tiling, Anyres):
             self.tiling.check(self._tile, self.tokens_per_tile)
 
@@ -139,7 +118,9 @@ class ImageSpec:
 
         Raises DataError with the reason if ``data`` is no image, is damaged, or is larger than ``max_pixels``.
         """
-        image = _decode(data, self)
+        behind = {"white": (255, 255, 255), "black": (0, 0, 0), "mean": self.fill}[self.alpha]
+        tiles = [(view.size, view.resize) for view in self.all_views]
+        image = decode(data, max_pixels=self.max_pixels, behind=behind, drawn_into=tiles if self.draft else ())
         seen = [self._seen(image, view, self._grid(image.size, images)) for view in self.all_views]
         if len(seen) == 1:
             return seen[0].contiguous()
@@ -224,16 +205,6 @@ class ImageSpec:
         return self.all_views[0].fill
 
 
-def read_size(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Size:
-    """The displayed (width, height) of an encoded image, EXIF rotation applied, from its header alone.
-
-    Raises DataError if ``data`` is no image or has more than ``max_pixels``.
-    """
-    image = _open(data, max_pixels)
-    width, height = image.size
-    return (height, width) if _orientation(image) in _SWAPS_SIDES else (width, height)
-
-
 def normalize(pixels: Tensor, spec: ImageSpec) -> Tensor:
     """Float32 input of the encoder, ``(x / 255 - mean) / std``, on the device of ``pixels``: (N, 3, H, W) uint8.
 
@@ -266,84 +237,3 @@ def _cut(canvas: Tensor, rows: int, columns: int) -> Tensor:
     channels, height, width = canvas.shape
     tiles = canvas.reshape(channels, rows, height // rows, columns, width // columns)
     return tiles.permute(1, 3, 0, 2, 4).flatten(0, 1).contiguous()
-
-
-# --- bytes to upright RGB ------------------------------------------------------------------------------------------
-
-
-def _open(data: bytes, max_pixels: int) -> Image.Image:
-    """Read the header. Nothing is decoded before the number of pixels is known to be bearable."""
-    if not data:
-        raise DataError("the image has zero bytes")
-    try:
-        with warnings.catch_warnings():
-            # PIL warns of a bomb and goes on; the check below refuses it. Odd metadata is no reason to warn either.
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data))
-    except UnidentifiedImageError as error:
-        raise DataError(f"{len(data)} bytes that are no image PIL can read") from error
-    except Image.DecompressionBombError as error:
-        raise DataError(f"the image has more than {_PIL_HARD_LIMIT} pixels: a decompression bomb?") from error
-    except _DAMAGE as error:
-        raise DataError(f"the image header is damaged: {error}") from error
-    width, height = image.size
-    if width * height > max_pixels:
-        raise DataError(
-            f"the image has {width} x {height} = {width * height} pixels, more than max_pixels = {max_pixels}"
-        )
-    return image
-
-
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation 1..8; 1 where there is none or it is unreadable."""
-    if image.format == "TIFF":
-        return 1  # Pillow itself turns these upright
-    if image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys():
-        return 1  # getexif would decode the whole PNG to look for a chunk behind the pixels
-    try:
-        found = image.getexif().get(_ORIENTATION, 1)
-    except _DAMAGE:
-        return 1  # broken metadata beside a good picture: viewers show it unrotated
-    return found if found in _UPRIGHT else 1
-
-
-def _decode(data: bytes, spec: ImageSpec) -> Image.Image:
-    image = _open(data, spec.max_pixels)
-    orientation = _orientation(image)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL's remarks on palettes and metadata; damage raises
-            if spec.draft and isinstance(image, JpegImageFile):
-                turned = orientation in _SWAPS_SIDES
-                scale = draft_scale(
-                    *image.size, [(v.size[::-1] if turned else v.size, v.resize) for v in spec.all_views]
-                )
-                image.draft(None, (image.width // scale, image.height // scale))
-            image.load()
-            rgb = _to_rgb(image, spec)
-    except _DAMAGE as error:
-        raise DataError(f"the image is damaged: {error}") from error
-    return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
-
-
-def _to_rgb(image: Image.Image, spec: ImageSpec) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        return _high_depth_to_rgb(image)
-    if not image.has_transparency_data:
-        rgb = image.convert("RGB")
-    else:
-        rgba = image.convert("RGBA")
-        colour = {"white": (255, 255, 255), "black": (0, 0, 0), "mean": spec.fill}[spec.alpha]
-        canvas = Image.new("RGBA", rgba.size, (*colour, 255))
-        rgb = Image.alpha_composite(canvas, rgba).convert("RGB")
-    rgb.info = {}  # a transparency key that survives would make readers blank out that colour
-    return rgb
-
-
-def _high_depth_to_rgb(image: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits, scaled from 0..65535 to 0..255 (PIL's own conversion clips at 255)."""
-    values = np.asarray(image)
-    if image.mode == "F" or values.min() < 0 or values.max() > 65_535:
-        raise DataError(f"the image holds values outside 0..65535 (PIL mode {image.mode}); convert it to 8 or 16 bits")
-    grey = np.rint(values.astype(np.float32) / 257).astype(np.uint8)
-    return Image.fromarray(grey, mode="L").convert("RGB")

@@ -16,6 +16,7 @@ LAYERS = {
     "distributed": 1,
     "conversation": 2,
     "images": 2,
+    "image_files": 2,
     "resize": 2,
     "tiling": 2,
     "templates": 3,
