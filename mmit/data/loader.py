@@ -21,6 +21,7 @@ from mmit.data.ahead import made_ahead
 from mmit.data.faults import BadSample, MissingShardError, StorageError, first_three
 from mmit.data.lengths import cut_turns
 from mmit.data.plan import EMPTY, Plan, Row
+from mmit.data.prefetch import Prefetch
 from mmit.errors import DataError
 
 Encode = Callable[[Conversation], Encoded]
@@ -91,10 +92,10 @@ class Loader:
 
     def __iter__(self) -> Iterator[StepBatches]:
         made = made_ahead(self._batches, workers=self.workers, ahead=self.micro_batches)
-        with closing(made):
-            yield from self._steps(made)
+        with closing(made), Prefetch(self.plan, rank=self.rank, world=self.world) as ahead:
+            yield from self._steps(made, ahead)
 
-    def _steps(self, made: Iterator[Made]) -> Iterator[StepBatches]:
+    def _steps(self, made: Iterator[Made], ahead: Prefetch) -> Iterator[StepBatches]:
         skipped = 0
         for step in range(self.start_step, self.plan.steps):
             self._next_step = step
@@ -106,6 +107,7 @@ class Loader:
                     raise DataError(failure)
                 batches.append(batch)
                 holes.extend(bad)
+            ahead.reached(step + 1)
             skipped += len(holes)
             self._check_skipped(skipped, [sample for _, sample in holes])
             yield StepBatches(step=step, batches=batches, skipped=holes)

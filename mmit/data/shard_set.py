@@ -25,7 +25,7 @@ from mmit.data.quarantine import QUARANTINE
 from mmit.data.remote import is_remote, read_small
 from mmit.data.shard_cache import RemoteShards, ShardCache
 from mmit.data.shard_files import ShardFiles
-from mmit.data.shards import MANIFEST, Manifest
+from mmit.data.shards import MANIFEST, Manifest, ShardInfo
 from mmit.data.tar_scan import BLOCK, Member, Read, TarError, members, plain_members
 from mmit.errors import DataError
 
@@ -221,6 +221,11 @@ class ShardSet:
         except (TarError, StorageError, StopIteration):
             return self.tars[shard].name, "?"
         return self.tars[shard].name, (split_name(first.name) or ("?", ""))[0]
+
+    def shard_of(self, number: int) -> ShardInfo:
+        """What the manifest of a remote set says of the shard that a sample lies in."""
+        assert self.manifest is not None, "a remote set has one"
+        return self.manifest.shards[self._locate(number)[0]]
 
     def read(self, number: int) -> Conversation:
         """The sample with its images: one read.

@@ -5,9 +5,10 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from shard_server import ShardServer, serving
 from mmit.data import order, remote, shard_cache
 from mmit.data.faults import MissingShardError, StorageError
 from mmit.data.lengths import measure_lengths
-from mmit.data.loader import Loader
+from mmit.data.loader import Loader, StepBatches
 from mmit.data.plan import Plan, make_plan
 from mmit.data.shard_set import ShardSet, open_source
 from mmit.errors import ConfigError, DataError, MissingExtra
@@ -250,6 +251,55 @@ def test_training_reads_a_few_shards_at_a_time_and_fetches_each_once_an_epoch(
     assert len(fetched) <= 20
     assert sum(fetched) <= 24  # 20 shards, and the few whose window lies across a shuffled stretch of steps
     assert sum(path.stat().st_size for path in tars_in(tmp_path)) <= 8 * size
+
+
+@pytest.fixture
+def ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[ShardServer, Plan]]:
+    """A plan of ten shards, read one after another with a cache of eight: four may be there or on the way."""
+    monkeypatch.setattr(order, "WINDOW", 1)
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.001)
+    local = make_shards(tmp_path, 30, shard_samples=3)
+    table = measure_lengths(local, measure, fingerprint="f", max_skipped=0, processes=1, progress=False)
+    size = max(tar.stat().st_size for tar in local.tars)
+    with serving(local.directory) as server:
+        far = opened(server, tmp_path, cache_bytes=8 * size)
+        yield (
+            server,
+            make_plan([(far, 30)], [table], length=16, rows_per_step=1, packing=False, tiles_per_row=8, seed=0),
+        )
+
+
+def tars_asked(server: ShardServer) -> dict[str, int]:
+    return {name: count for name, count in server.asked.items() if name.endswith(".tar")}
+
+
+def reading(plan: Plan, **options: Any) -> Iterator[StepBatches]:
+    return iter(Loader(plan, encode, rank=0, world=1, rows_per_micro_batch=1, pad_id=0, image_size=(2, 2), **options))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_next_shards_come_while_one_is_read_and_no_more_than_the_cache_may_have(
+    ahead: tuple[ShardServer, Plan], workers: int
+) -> None:
+    server, plan = ahead
+    steps = reading(plan, workers=workers)
+    first = next(steps)
+    deadline = time.monotonic() + 20
+    while len(tars_asked(server)) < 4 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    time.sleep(0.05)
+    assert 4 <= len(tars_asked(server)) <= 5  # half of the cache, and the one that the first step read
+    names = [name for step in [first, *steps] for batch in step.batches for name in batch.sample_ids]
+    assert sorted(names) == [f"tiny/{number:08d}" for number in range(30)]
+    assert set(tars_asked(server).values()) == {1}
+
+
+def test_a_shard_that_does_not_come_ahead_of_time_is_for_the_reader_to_report(ahead: tuple[ShardServer, Plan]) -> None:
+    server, plan = ahead
+    server.trouble = lambda name, number: "404" if name == "shard-000004.tar" else "ok"
+    with pytest.raises(DataError, match=r"shard-000004\.tar: cannot be fetched"):
+        list(reading(plan, workers=0))
+    assert server.asked["shard-000004.tar"] > remote.ATTEMPTS  # both have tried
 
 
 def planned(shards: ShardSet) -> Plan:
