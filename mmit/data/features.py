@@ -194,8 +194,11 @@ class FeatureStore:
         return torch.frombuffer(content, dtype=torch.bfloat16).view(tiles, self.kind.patches, self.kind.width)
 
     def covers(self, images: str) -> bool:
-        """True where a set of images, by its fingerprint, was gone through to its end."""
-        return (self.folder / "covers" / images).is_file()
+        """True where a set of images, by its fingerprint, was gone through to its end and no features went since."""
+        try:
+            return len(self) >= int(json.loads((self.folder / "covers" / images).read_bytes())["features"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
     def _find(self, key: bytes) -> int | None:
         high, low = halves(key)
@@ -220,12 +223,12 @@ class FeatureStore:
             os.close(file)
 
 
-def note_covered(folder: Path, images: str, *, what: str) -> None:
+def note_covered(store: FeatureStore, images: str, *, what: str) -> None:
     """Write down that a set of images was gone through to its end. Raises DataError."""
-    path = folder / "covers" / images
+    path = store.folder / "covers" / images
     try:
         path.parent.mkdir(exist_ok=True)
-        write_whole(path, what.encode())
+        write_whole(path, json.dumps({"images of": what, "features": len(store)}).encode())
     except OSError as error:
         raise cannot_write(path, error) from None
 

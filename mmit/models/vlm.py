@@ -307,4 +307,6 @@ class VisionLanguageModel(nn.Module):
 
 def tower_features(tower: nn.Module, pixels: Tensor, spec: ImageSpec) -> Tensor:
     """What ``tower`` makes of uint8 tiles (N, 3, H, W): (N, P, D_vision) in the dtype of its weights."""
-    return tower(normalize(pixels, spec).to(next(tower.parameters()).dtype))
+    features = tower(normalize(pixels, spec).to(next(tower.parameters()).dtype))
+    # A view without the class token goes through other kernels than the same features from disk, and rounds otherwise.
+    return features.contiguous()

@@ -129,4 +129,4 @@ def stage_features(config: RunConfig, name: str, *, dtype: torch.dtype, stop: St
 
 def note(look: Look, name: str) -> None:
     """Write down that the folder holds all pictures of a stage."""
-    note_covered(look.folder, look.pictures.fingerprint, what=f"stage {name}: {len(look.pictures.places)} samples\n")
+    note_covered(FeatureStore(look.folder, look.kind), look.pictures.fingerprint, what=f"stage {name}")

@@ -20,6 +20,8 @@ SETTINGS = [
     "zero-2 offload",
     "zero-3 offload",
     "zero-3 activation checkpointing",
+    "zero-2 features",
+    "zero-3 features",
 ]
 
 

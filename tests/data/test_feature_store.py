@@ -163,6 +163,11 @@ with FeatureWriter(Path({str(folder)!r})) as writer:
 
 
 def test_a_set_of_images_is_covered_once_it_was_gone_through(folder: Path) -> None:
-    assert not FeatureStore(folder, KIND).covers("abc")
-    note_covered(folder, "abc", what="stage align")
-    assert FeatureStore(folder, KIND).covers("abc")
+    with FeatureWriter(folder) as writer:
+        writer.add(KIND.key(b"a"), seen(0))
+    store = FeatureStore(folder, KIND)
+    assert not store.covers("abc")
+    note_covered(store, "abc", what="stage align")
+    assert store.covers("abc")
+    (folder / "000000.index").unlink()
+    assert not FeatureStore(folder, KIND).covers("abc")  # features went since
