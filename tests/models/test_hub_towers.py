@@ -10,15 +10,29 @@ import open_clip
 import pytest
 import torch
 from model_factories import tiny_clip_dir, tiny_dino_dir, tiny_open_clip, tiny_siglip_dir
+from safetensors import safe_open
 from torch import Tensor
-from transformers import Siglip2VisionConfig
+from transformers import (
+    AutoModel,
+    CLIPVisionConfig,
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
+    DINOv3ViTConfig,
+    PreTrainedConfig,
+    Siglip2VisionConfig,
+    SiglipVisionConfig,
+)
 
 from mmit.config import OpenClipEncoder, TransformersEncoder
 from mmit.errors import ConfigError
-from mmit.models.encoders import TransformersTower, build_encoder
+from mmit.models.encoders import ImageInput, TransformersTower, build_encoder
 from mmit.models.encoders.positions import resample_positions
 
 PIXELS = torch.randn((2, 3, 28, 28), generator=torch.Generator().manual_seed(0))
+SIZES: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3} | {
+    "image_size": 28,
+    "patch_size": 14,
+}
 DINO: tuple[Literal["dinov2", "dinov2_with_registers", "dinov3_vit"], ...] = (
     "dinov2",
     "dinov2_with_registers",
@@ -96,6 +110,39 @@ def test_another_input_size_leaves_all_but_the_position_embeddings(paths: dict[s
     pixels = torch.randn((1, 3, 56, 56), generator=torch.Generator().manual_seed(1))
     assert torch.equal(after(pixels), states(after, pixels)[-2][:, -16:])
     assert after(pixels).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CLIPVisionConfig(**SIZES, intermediate_size=48),
+        SiglipVisionConfig(**SIZES, intermediate_size=48, vision_use_head=False),
+        Dinov2Config(**SIZES),
+        Dinov2WithRegistersConfig(**SIZES),
+        DINOv3ViTConfig(**SIZES, intermediate_size=48, use_gated_mlp=True),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_names_on_disk_are_those_that_transformers_writes(config: PreTrainedConfig, tmp_path: Path) -> None:
+    image = ImageInput(size=(28, 28), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    made = TransformersTower(AutoModel.from_config(config), layer=-2, cls="drop", image=image)
+    made.model.save_pretrained(tmp_path)
+    form = made.hub_form()
+    with safe_open(tmp_path / "model.safetensors", "pt") as stored:
+        written = set(stored.keys())
+    ours = {form.on_disk(name)[0] for name, _ in made.model.named_parameters()}
+    assert {name.removeprefix("vision_model.") for name in written} == ours
+    assert {form.also_read(name) for name in ours} == ours
+
+
+def test_a_gated_dinov2_is_kept_in_mmits_layout() -> None:
+    """transformers writes its two projections as one tensor; DINOv2 giant is the only one of its kind."""
+    image = ImageInput(size=(28, 28), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    model = AutoModel.from_config(Dinov2Config(**SIZES, use_swiglu_ffn=True))
+    made = TransformersTower(model, layer=-1, cls="drop", image=image)
+    assert "gated layers of this DINOv2" in str(made.hub_form().why_not_llava)
+    with torch.no_grad():
+        assert torch.equal(made(PIXELS), states(made)[-1][:, 1:])
 
 
 @torch.no_grad()

@@ -158,6 +158,8 @@ class TransformersTower(nn.Module):
         why = None
         if self.registers:
             why = f"its classes take the {self.registers} register tokens of the encoder for patches"
+        elif self.model.config.to_dict().get("use_swiglu_ffn"):
+            why = "its classes store the gated layers of this DINOv2 joined, which no other tower needs"
         if self.family.norm:
             why = "its classes leave out the final norm of this encoder"
         return HubForm(
