@@ -85,6 +85,18 @@ def train(
     run_stages(config, command, stages=stages, ranks=ranks, fresh=fresh)
 
 
+@app.command()
+def check(file: RunFile, overrides: Overrides = None) -> None:
+    """Check a run file against the parts it names, without reading weights or data (`mmit data check` reads those)."""
+    from mmit.config import load_config
+    from mmit.train.run_check import check_run, refuse_mistakes
+
+    report = check_run(load_config(file, overrides))
+    refuse_mistakes(report, file)
+    for line in report.lines():
+        typer.echo(line)
+
+
 @config_app.command("show")
 def config_show(file: RunFile, overrides: Overrides = None) -> None:
     """Print the run file as it is understood, with every default."""

@@ -93,9 +93,8 @@ def packing_fault(language_model: PreTrainedModel, *, implementation: str) -> st
             f"{kind} (attention '{implementation}') sees what stands behind a token: logits differ by {seen:.2g}; "
             "only causal language models can be trained"
         )
-    if stateful := _layer_types(language_model) - KEEPS_SAMPLES_APART:
-        carried = "carry a state from one sample of a packed row to the next"
-        return f"{kind} has layers of type {', '.join(sorted(stateful))}, which {carried}"
+    if fault := carried_state(language_model):
+        return fault
     packed, beside_another = (logits([other, *sample], [0, 0, 1])[:, 1:] for other in others)
     leak = float((packed - beside_another).abs().max())
     difference = float((packed - alone).abs().max())
@@ -106,6 +105,13 @@ def packing_fault(language_model: PreTrainedModel, *, implementation: str) -> st
         f"{kind} does not keep the samples of a packed row apart (attention '{implementation}': logits differ by "
         f"{difference:.2g} from the sample alone)"
     )
+
+
+def carried_state(language_model: PreTrainedModel) -> str:
+    """``packing_fault`` as far as the configuration tells it."""
+    stateful = ", ".join(sorted(_layer_types(language_model) - KEEPS_SAMPLES_APART))
+    carried = "carry a state from one sample of a packed row to the next"
+    return stateful and f"{type(language_model).__name__} has layers of type {stateful}, which {carried}"
 
 
 def _why_not(language_model: PreTrainedModel, implementation: str) -> str:

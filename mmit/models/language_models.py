@@ -28,9 +28,15 @@ def read_language_model(path: str, *, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a directory or hub name, as ``AutoModelForCausalLM`` builds it. Raises ConfigError."""
     check_is_there(path, key="model.language_model.path")
     reader: Any = AutoModelForCausalLM
+    kept = placement()
+    report: dict[str, Any] = {"missing_keys": ()}
     try:
-        with placement().born():
-            model, report = reader.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        with kept.born():
+            if kept.holds:
+                model, report = reader.from_pretrained(path, dtype=dtype, output_loading_info=True)
+            else:
+                model = reader.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
+                model.tie_weights()
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise ConfigError(

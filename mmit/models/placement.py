@@ -1,7 +1,8 @@
-"""Where the parameters of a model live: whole in every process, or in pieces over the ranks from the moment they exist.
+"""Where the parameters of a model live: whole in every process, in pieces over the ranks, or nowhere at all.
 
 Training under ZeRO-3 puts its own placement in force around the making of a model; everything that makes, fills or
-runs modules outside the training engine asks the one in force. Elsewhere it is ``WHOLE``, which does nothing.
+runs modules outside the training engine asks the one in force. Checking a run file needs shapes only: ``SHAPES``.
+Elsewhere it is ``WHOLE``, which does nothing.
 """
 
 from __future__ import annotations
@@ -11,12 +12,16 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from contextvars import ContextVar
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
+from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
 
 
 class Placement(Protocol):
     """How parameters are kept, and how they are made whole for a moment. Every call is collective over the ranks."""
 
+    holds: bool
+    """Whether there are values at all; where not, weights are not read and nothing can be run."""
     writes: bool
     """Whether this process fills the weights; others receive what it wrote."""
 
@@ -44,6 +49,7 @@ class Placement(Protocol):
 class Whole:
     """Every process holds every parameter."""
 
+    holds = True
     writes = True
 
     def born(self) -> AbstractContextManager[object]:
@@ -67,8 +73,28 @@ class Whole:
         return message
 
 
+class Shapes(Whole):
+    """No process holds any parameter: modules are made on the meta device, so that they can be checked at once."""
+
+    holds = False
+
+    def born(self) -> AbstractContextManager[object]:
+        """Make modules on the meta device."""
+        stack = ExitStack()
+        for context in (torch.device("meta"), no_init_weights(), meta_device_safe_creation_ops()):
+            stack.enter_context(context)
+        return stack
+
+    def place(self, module: nn.Module) -> None:
+        """Give up the values."""
+        module.to("meta")
+
+
 WHOLE: Placement = Whole()
 """Every process holds every parameter."""
+
+SHAPES: Placement = Shapes()
+"""No process holds any."""
 
 _in_force: ContextVar[Placement] = ContextVar("placement", default=WHOLE)
 
@@ -94,7 +120,7 @@ def runnable(module: nn.Module, kept: Placement) -> Generator[None]:
 
     Those of its leaves are too, since some modules (Mamba's mixer) use a child's weight without calling the child.
     """
-    if kept is WHOLE:
+    if isinstance(kept, Whole):
         yield
         return
     gathered: dict[nn.Module, ExitStack] = {}
@@ -119,7 +145,7 @@ def runnable(module: nn.Module, kept: Placement) -> Generator[None]:
 
 def take_whole(modules: Sequence[nn.Module], kept: Placement) -> None:
     """Give modules whole parameters in every process in place of placed ones; a shared parameter stays shared."""
-    if kept is WHOLE:
+    if isinstance(kept, Whole):
         return
     copies: dict[int, nn.Parameter] = {}
     for module in modules:

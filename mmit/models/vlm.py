@@ -21,7 +21,7 @@ from mmit.images import ImageSpec, normalize
 from mmit.models import generation
 from mmit.models.absent import AbsentTower
 from mmit.models.attention import attention_arguments
-from mmit.models.attention_choice import packing_fault, set_attention, sliding_window
+from mmit.models.attention_choice import carried_state, packing_fault, set_attention, sliding_window
 from mmit.models.connectors import idle_parameters, reads_instruction
 from mmit.models.head import head_is_plain, labelled_nll
 from mmit.models.language_models import row_parameters, token_table
@@ -77,7 +77,7 @@ class VisionLanguageModel(nn.Module):
         self.eval()
         self.use_attention("auto")
         with runnable(language_model, self.placement):
-            self.head_is_plain = head_is_plain(language_model)
+            self.head_is_plain = not self.placement.holds or head_is_plain(language_model)
 
     def use_attention(self, asked: str) -> None:
         """Run the language model with the attention asked for (``auto`` chooses); outside of training mode only.
@@ -86,6 +86,9 @@ class VisionLanguageModel(nn.Module):
         """
         self.attention = set_attention(self.language_model, asked)
         self.window = sliding_window(self.language_model)
+        self.packing_fault = carried_state(self.language_model)
+        if not self.placement.holds:
+            return
         with runnable(self.language_model, self.placement):
             self.packing_fault = packing_fault(self.language_model, implementation=self.attention)
         logger.info("attention of %s: %s", type(self.language_model).__name__, self.attention)

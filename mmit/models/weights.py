@@ -38,6 +38,8 @@ def read_into(model: nn.Module, stored: StoredTensors, *, part: str = "", may_la
         absent = disk_names(frame, [f"vision_tower.{name}" for name, _ in tensors_of(frame)])
         passed_over |= {name for pieces in absent.values() for name in pieces}
     _check(stored.where, stored.shapes, shapes, sources, allowed=set(tied) | passed_over)
+    if not kept.holds:
+        return
     problems: dict[str, list[str]] = defaultdict(list)
     for name, target in targets.items():
         if not _fill(target, stored, sources[name], kept):

@@ -31,6 +31,8 @@ class Partitioned:
     config: DeepSpeed's dictionary of the stage. Weights are read by rank 0 and handed out tensor by tensor.
     """
 
+    holds = True
+
     def __init__(self, config: dict[str, Any]) -> None:
         self._config = config
         self.writes = rank() == 0

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.initialization import no_init_weights
 
 from mmit.config import CustomPart, OneEncoder, OpenClipEncoder, TimmEncoder, TransformersEncoder
 from mmit.errors import CheckpointError, ConfigError
 from mmit.models.encoders.fused import FusedTower
 from mmit.models.encoders.hub_towers import read_tower, tower_from_config
 from mmit.models.encoders.tower import Cls, ImageInput, Layer, LayeredTower, ReadsWeights, VisionEncoder, feature_layer
+from mmit.models.placement import placement
 from mmit.models.plugins import make_custom
 
 FUSED = "fused"
@@ -34,9 +37,14 @@ def build_encoder(section: OneEncoder | Sequence[OneEncoder], *, dtype: torch.dt
 def _build(section: OneEncoder, dtype: torch.dtype) -> nn.Module:
     if isinstance(section, CustomPart):
         encoder = make_custom(section.type, section.args, key="model.encoder")
-        if isinstance(encoder, ReadsWeights):
+        if isinstance(encoder, ReadsWeights) and placement().holds:
             encoder.read_weights()
         return encoder.to(dtype)
+    with nullcontext() if placement().holds else no_init_weights():
+        return _read(section, dtype)
+
+
+def _read(section: TransformersEncoder | TimmEncoder | OpenClipEncoder, dtype: torch.dtype) -> nn.Module:
     layer, cls, size = section.layer, section.cls, section.image_size
     if isinstance(section, TransformersEncoder):
         return read_tower(section.path, layer=layer, cls=cls, image_size=size, dtype=dtype)
@@ -44,7 +52,6 @@ def _build(section: OneEncoder, dtype: torch.dtype) -> nn.Module:
         from mmit.models.encoders.timm_towers import read_timm
 
         return read_timm(section.name, section.pretrained, layer=layer, cls=cls, image_size=size, dtype=dtype)
-    assert isinstance(section, OpenClipEncoder), "the schema knows four kinds"
     from mmit.models.encoders.open_clip_towers import read_open_clip
 
     return read_open_clip(section.name, section.pretrained, layer=layer, cls=cls, image_size=size, dtype=dtype)

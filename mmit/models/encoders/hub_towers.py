@@ -36,6 +36,7 @@ from transformers import (
 from mmit.errors import ConfigError
 from mmit.models.encoders.positions import resample_positions
 from mmit.models.encoders.tower import Cls, HubForm, ImageInput, Layer, check_input_size, joined, states_to_read
+from mmit.models.placement import placement
 
 # What transformers writes into every configuration and means nothing in this one.
 NOISE = (
@@ -194,9 +195,15 @@ def read_tower(path: str, *, layer: Layer, cls: Cls, image_size: int | None, dty
             "DINOv2, DINOv3, BLIP-2 and InstructBLIP ViTs, another encoder is given as type: package.module:Class"
         )
     reader = FAMILIES[vision.model_type].model
-    model, report = reader.from_pretrained(
-        path, config=vision, dtype=dtype, output_loading_info=True, key_mapping=_HOLDING_A_TOWER.get(config.model_type)
-    )
+    report: dict[str, Any] = {"missing_keys": ()}
+    if placement().holds:
+        mapping = _HOLDING_A_TOWER.get(config.model_type)
+        model, report = reader.from_pretrained(
+            path, config=vision, dtype=dtype, output_loading_info=True, key_mapping=mapping
+        )
+    else:
+        with placement().born():
+            model = reader._from_config(vision, dtype=dtype)
     if report["missing_keys"]:
         some = ", ".join(sorted(report["missing_keys"])[:3])
         raise ConfigError(

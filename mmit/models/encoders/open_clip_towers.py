@@ -7,6 +7,7 @@ Where open_clip takes its tower from timm (SigLIP, EVA, PE), that is read as any
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from mmit.models.encoders.tower import (
     refuse_embeddings,
     states_to_read,
 )
+from mmit.models.placement import placement
 
 _RENAMED = {
     "class_embedding": "embeddings.class_embedding",
@@ -132,7 +134,14 @@ def read_open_clip(
             f"(tags: {', '.join(tags) or 'none'})"
         )
     quick = has_quick_gelu(name, pretrained)
-    visual: Any = open_clip.create_model(name, pretrained=pretrained, force_quick_gelu=quick, weights_only=True).visual
+    holds = placement().holds
+    logging.disable(logging.NOTSET if holds else logging.WARNING)  # that no weights are loaded
+    try:
+        visual: Any = open_clip.create_model(
+            name, pretrained=pretrained, force_quick_gelu=quick, load_weights=holds, weights_only=True
+        ).visual
+    finally:
+        logging.disable(logging.NOTSET)
     settings: Any = visual.preprocess_cfg
     description = {"embed_dim": config["embed_dim"], "vision_cfg": dict(config["vision_cfg"]), "quick_gelu": quick}
     image = ImageInput(size=visual.image_size, mean=tuple(settings["mean"]), std=tuple(settings["std"]))

@@ -29,6 +29,7 @@ from mmit.models.encoders.tower import (
     refuse_embeddings,
     states_to_read,
 )
+from mmit.models.placement import placement
 
 _READERS = {
     vision_transformer.VisionTransformer: vision_transformer.checkpoint_filter_fn,
@@ -102,7 +103,7 @@ def read_timm(
     """
     architecture, arguments = _resolve(name)
     try:
-        model: Any = timm.create_model(name, pretrained=pretrained is True)
+        model: Any = timm.create_model(name, pretrained=pretrained is True and placement().holds)
     except (OSError, RuntimeError) as error:
         first = str(error).splitlines()[0]
         raise ConfigError(f"model.encoder: timm cannot make '{name}' with its weights: {first}") from error
@@ -110,7 +111,7 @@ def read_timm(
     settings = model.pretrained_cfg
     size = model.patch_embed.img_size
     _drop_head(model)
-    if isinstance(pretrained, str):
+    if isinstance(pretrained, str) and placement().holds:
         _read_file(model, Path(pretrained))
     image = ImageInput(
         size=size if image_size is None else (image_size, image_size),

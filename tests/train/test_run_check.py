@@ -1,0 +1,153 @@
+"""A run file is checked against its parts without their weights: a model in the shape of 7 B in seconds."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from factories import tiny_llama_tokenizer
+from model_factories import tiny_clip_dir, tiny_model_section
+from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, MambaConfig, PretrainedConfig
+
+from mmit.config import load_config
+from mmit.errors import ConfigError
+from mmit.models import build_model, save_model
+from mmit.train.run_check import DTYPE, RunReport, check_run, refuse_mistakes
+
+DATA = {"mix": [{"shards": "nowhere"}]}
+BATCH = {"length": 2048, "tokens_per_step": 8192}
+
+
+def run_file(folder: Path, model: dict[str, Any], **stages: dict[str, Any]) -> Path:
+    filled = {name: {"data": DATA, "batch": BATCH, **stage} for name, stage in stages.items()}
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump({"name": "big", "model": model, "stages": filled}, sort_keys=False))
+    return path
+
+
+def described(folder: Path, config: PretrainedConfig) -> str:
+    """A language model's directory without its weights."""
+    tiny_llama_tokenizer(folder)
+    config.save_pretrained(folder)
+    return str(folder)
+
+
+def checked(path: Path) -> RunReport:
+    return check_run(load_config(path))
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """LLaVA-1.5-7B as its configurations describe it: CLIP ViT-L/14 of 336 pixels and Llama 2 of 7 B, no weights."""
+    folder = tmp_path_factory.mktemp("big")
+    llama = LlamaConfig(
+        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, max_position_embeddings=4096
+    )
+    clip = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+    )
+    clip.save_pretrained(folder / "clip")
+    CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}).save_pretrained(
+        folder / "clip"
+    )
+    return {
+        "encoder": {"type": "transformers", "path": str(folder / "clip")},
+        "language_model": {"path": described(folder / "llm", llama), "template": "vicuna"},
+    }
+
+
+def test_a_model_of_7_b_is_counted_without_weights(big: dict[str, Any], tmp_path: Path) -> None:
+    path = run_file(
+        tmp_path,
+        big,
+        align={"train": {"connector": 1e-3}, "data": {**DATA, "template": "plain"}},
+        instruct={
+            "init_from": "align",
+            "train": {"connector": 2e-5, "language_model": 2e-5, "vision_tower": 2e-6},
+            "batch": {"length": 8192, "tokens_per_step": 8192},
+            "zero": {"stage": 3},
+        },
+    )
+    report = checked(path)
+    assert report.mistakes == []
+    lines = {name: [line.split() for line in table.splitlines()] for name, table in report.trains.items()}
+    # the published sizes: 6.74 B, and a projector of 1024 x 4096 + 4096 x 4096 + 2 biases
+    assert ["connector", "4", "20,979,712", "0.001"] in lines["align"]
+    assert ["language_model", "(frozen)", "291", "6,738,415,616", "-"] in lines["align"]
+    assert ["language_model", "291", "6,738,415,616", "2e-05"] in lines["instruct"]
+    # the last of 24 layers (12.6 M) and the final norm stand behind layer -2 and do nothing
+    assert ["vision_tower", "373", "290,909,184", "2e-06"] in lines["instruct"]
+    assert report.notes == [
+        "stages.instruct.batch.length: a sample may be as long as 8192 tokens, the language model was made for 4096"
+    ]
+
+
+def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
+    model = {
+        "encoder": {"type": "transformers", "path": str(tmp_path / "no_clip")},
+        "language_model": {"path": str(tmp_path / "no_llm")},
+    }
+    path = run_file(
+        tmp_path,
+        model,
+        one={"train": {"connector": 1e-3}, "zero": {"stage": 2, "extra": {"wall_clock_breakdwn": True}}},
+        two={"train": {"connector": 1e-3}, "zero": {"stage": 0, "offload_optimizer": "cpu"}},
+    )
+    with pytest.raises(ConfigError) as caught:
+        refuse_mistakes(checked(path), path)
+    head, *mistakes = str(caught.value).splitlines()
+    assert head == f"{path}: 4 mistakes"
+    for mistake, said in zip(mistakes, ("no_clip", "no_llm", "stages.one.zero.extra", "stages.two.zero"), strict=True):
+        assert said in mistake
+
+
+def test_parts_and_rules_that_do_not_fit_are_told(tmp_path: Path) -> None:
+    model = tiny_model_section(tmp_path / "parts")
+    path = run_file(
+        tmp_path,
+        model,
+        one={"train": {"conector": 1e-3}},
+        two={"train": {"connector": 1e-3}, "data": {**DATA, "template": "no_such_template"}},
+        three={"train": {"connector": 1e-3}, "init_from": str(tmp_path / "nothing")},
+    )
+    mistakes = checked(path).mistakes
+    assert len(mistakes) == 3
+    assert "the rule 'conector' matches no parameter" in mistakes[0]
+    assert "no_such_template" in mistakes[1]
+    assert "there is no model directory" in mistakes[2]
+
+
+def test_a_model_that_cannot_be_packed_is_told(tmp_path: Path) -> None:
+    mamba = MambaConfig(vocab_size=640, hidden_size=32, num_hidden_layers=2, state_size=8)
+    model = {
+        "encoder": {"type": "transformers", "path": str(tiny_clip_dir(tmp_path / "clip"))},
+        "language_model": {"path": described(tmp_path / "mamba", mamba), "template": "vicuna"},
+    }
+    path = run_file(tmp_path, model, one={"train": {"connector": 1e-3}})
+    [mistake] = checked(path).mistakes
+    assert mistake.startswith("stages.one.batch.packing: MambaForCausalLM has layers of type linear_attention")
+
+
+@pytest.mark.parametrize("kind", ["siglip_qwen2", "open_clip_llama"])
+def test_shapes_are_those_of_the_model_that_is_trained(tmp_path: Path, kind: Any) -> None:
+    path = run_file(tmp_path, tiny_model_section(tmp_path / "parts", kind), one={"train": {"connector": 1e-3}})
+    config = load_config(path)
+    loaded = build_model(config.model, dtype=DTYPE, seed=0)
+    counts = {
+        part: sum(parameter.numel() for parameter in module.parameters())
+        for part, module in loaded.model.named_children()
+    }
+    [rows] = checked(path).trains.values()
+    assert f"{counts['vision_tower']:,}" in rows
+    assert f"{counts['language_model']:,}" in rows
+    # a directory: the tensors in its files are compared by name and shape
+    save_model(loaded, None, tmp_path / "saved", made_from={})
+    assert checked(run_file(tmp_path, {"path": str(tmp_path / "saved")}, one={"train": {"connector": 1e-3}})).trains
+    other = tiny_model_section(tmp_path / "other", kind) | {"connector": {"type": "linear"}}
+    stage = {"train": {"connector": 1e-3}, "init_from": str(tmp_path / "saved")}
+    assert "do not fit the model" in checked(run_file(tmp_path, other, one=stage)).mistakes[0]
