@@ -35,6 +35,8 @@ from mmit.errors import DataError
 from mmit.images import read_size
 
 _ID_KEYS = ("id", "idx", "question_id", "unique_id")
+_TASK_KEYS = ("task", "task_name", "task_type", "data_source")
+"""What published sets call the task of a record: LRV; MULTIINSTRUCT and Vision-Flan; LAMM; LLaVA-NeXT and OneVision."""
 _AS_NAMED = PictureOptions()
 _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
@@ -69,7 +71,8 @@ class Reader:
     def read(self, number: int) -> Conversation:
         """Conversation ``number``; its id is ``name/number``, the record's own id is in ``meta``.
 
-        Boxes in its texts are in the convention that ``meta["boxes"]`` names. Raises SampleError for a bad record,
+        Boxes in its texts are in the convention that ``meta["boxes"]`` names; ``meta["task"]`` is its task, where the
+        record names one. Raises SampleError for a bad record,
         SkippedError for one that is left out on purpose, DataError where the source itself is broken.
         """
         found = self.parse(self.rows.read(number))
@@ -79,7 +82,7 @@ class Reader:
         messages, boxes = box_texts.settle(
             found.messages, sizes, given=found.meta.get("boxes", options.boxes), wanted=options.boxes_to
         )
-        stated = {name: value for name, value in found.meta.items() if name != "boxes"}
+        stated = {name: value for name, value in _with_task(found.meta).items() if name != "boxes"}
         return Conversation(
             id=f"{self.name}/{number:08d}",
             messages=messages,
@@ -145,6 +148,14 @@ class ImageRoot:
 
     def _holds(self, path: str) -> bool:
         return path.startswith(self.root.rstrip("/") + "/")
+
+
+def _with_task(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of a record, its task under one name whatever the set calls it."""
+    stated = next((name for name in _TASK_KEYS if meta.get(name)), None)
+    if stated is None:
+        return dict(meta)
+    return {**{name: value for name, value in meta.items() if name != stated}, "task": meta[stated]}
 
 
 def open_reader(

@@ -1,14 +1,19 @@
 """Which samples take part, and how many are drawn: whole numbers that can be checked by hand."""
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from data_factories import llava_record, write_source
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mmit.data.convert import Conversion, convert
+from mmit.data.facts import read_facts
 from mmit.data.mixture import Choice, choose, draws_by_root, draws_by_weight, draws_per_epoch, usable
+from mmit.data.shard_set import open_source
 from mmit.errors import DataError
 
 
@@ -81,3 +86,20 @@ def test_what_is_left_out_is_not_drawn() -> None:
         found = usable(tokens, chosen_before)
         assert found is not None
         assert found.tolist() == left
+
+
+def test_a_cap_by_task_counts_the_tasks_that_a_published_set_names(tmp_path: Path) -> None:
+    """Vision-Flan's form: five records of one task, two of another, one of a third; at most two of each."""
+    records = [llava_record(n) | {"task_name": "VQA-E" if n < 5 else "OCR" if n < 7 else "QA"} for n in range(8)]
+    convert(
+        Conversion(
+            reader="llava_json", source=write_source(tmp_path / "raw", records), target=tmp_path / "set", name="set"
+        ),
+        processes=1,
+        progress=False,
+    )
+    shards = open_source(tmp_path / "set")
+    facts = read_facts(shards, progress=False)
+    found = choose("set", len(shards), Choice(per_task=2), seed=0, tasks=facts.task)
+    assert found is not None
+    assert Counter(shards.read_text(n).meta["task"] for n in found.tolist()) == {"VQA-E": 2, "OCR": 2, "QA": 1}

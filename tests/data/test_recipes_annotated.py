@@ -252,7 +252,7 @@ def test_multiinstruct_boxes_options_and_paths(tmp_path: Path) -> None:
     ]
     whole, part = "[0.000, 0.000, 1.000, 1.000]", "[0.250, 0.250, 0.750, 0.750]"
     assert shown(reader, 1) == [f"<0>Given {part}, {whole}, select.\nOptions:\n{whole}\n{part}", part]
-    assert reader.read(1).meta == {"id": "526754_592886", "task_name": "t", "boxes": "xyxy01"}
+    assert reader.read(1).meta == {"id": "526754_592886", "task": "t", "boxes": "xyxy01"}
     assert shown(reader, 2) == ["<0>Add 1 2 3 4 up.", "10"]
     assert [reader.read(n).id for n in range(3)] == [f"multiinstruct/{n:08d}" for n in range(3)]
     with pytest.raises(SampleError, match="in a picture of 80"):

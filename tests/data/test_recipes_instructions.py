@@ -94,7 +94,7 @@ def test_llava_next_and_onevision_rows_have_a_picture_inside_or_none(tmp_path: P
         assert shown(reader) == ["<0>这幅画中的关键信息有哪些？", "一盘食物。"]
         assert reader.read(0).images == (picture(),)
         assert reader.read(1).images == ()
-        assert reader.read(1).meta == {"id": "t", "data_source": "sharegpt"}
+        assert reader.read(1).meta == {"id": "t", "task": "sharegpt"}
 
 
 def test_onevision_raw_has_several_pictures_and_leaves_videos_out(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_vision_flan_finds_escaped_names_and_leaves_the_empty_answer_out(tmp_pat
     pictures = {"VQA-E+visual_question_answering_574_#U91d1 (1), a.jpg": (8, 6)}
     reader = published("vision_flan", tmp_path, records, pictures)
     assert shown(reader) == ["<0>What?", "Gold."]
-    assert reader.read(0).meta == {"id": "1", "task_name": "VQA-E"}
+    assert reader.read(0).meta == {"id": "1", "task": "VQA-E"}
     with pytest.raises(SkippedError, match="an answer is empty"):
         reader.read(1)
 

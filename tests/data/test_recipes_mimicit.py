@@ -35,7 +35,7 @@ def test_mimicit_related_instructions_are_earlier_turns_about_the_same_picture(t
     assert shown(reader, 0) == ["<0>One", "One!"]
     assert shown(reader, 1) == ["<0>One", "One!", "Two", "Two!"]  # the relations of XX_train.json count
     assert reader.read(1).images == (picture(),)
-    assert reader.read(1).meta == {"id": "LACONV_00_INS_2"}
+    assert reader.read(1).meta == {"id": "LACONV_00_INS_2", "task": "LACONV"}
 
 
 def test_mimicit_examples_in_context_have_pictures_of_their_own(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ from mmit.data.sources.json_parts import JsonParts
 from mmit.data.sources.parquet import ParquetRows
 from mmit.data.sources.sampling import evenly
 from mmit.errors import DataError
+
+_NUMBERING = re.compile(r"(_\d+)?_INS_.*", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +88,9 @@ class _Instructions:
             images += pictures
             turns.append(Message(role="user", content=(*front, _text(member, "instruction"))))
             turns.append(Message(role="assistant", content=(_text(member, "answer"),)))
-        return forms.Record(messages=forms.checked_turns(turns), images=tuple(images), meta={"id": own})
+        return forms.Record(
+            messages=forms.checked_turns(turns), images=tuple(images), meta={"id": own, "task": _task(own)}
+        )
 
     def _related(self, name: str) -> Mapping[str, Any]:
         if name not in self.places:
@@ -101,6 +106,11 @@ class _Instructions:
         if self.options.group == "video_text":
             ids = [ids[place] for place in evenly(len(ids), self.options.frames)]
         return [self.pictures.read(one) for one in ids]
+
+
+def _task(own: str) -> str:
+    """``LACONV`` of ``LACONV_00_INS_2``."""
+    return _NUMBERING.sub("", own)
 
 
 def _open_pictures(source: Path, options: MimicItOptions) -> _Pictures:
