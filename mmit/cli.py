@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from mmit import __version__, cli_data, cli_models
+from mmit import __version__, cli_data, cli_machine, cli_models
 from mmit.errors import ConfigError, MmitError, OtherRankFailed
 
 app = typer.Typer(
@@ -25,6 +25,8 @@ config_app = typer.Typer(help="Look at run files.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(cli_data.app, name="data")
 app.command("export")(cli_models.export)
+app.command("doctor")(cli_machine.doctor)
+app.command("launch")(cli_machine.launch)
 
 RunFile = Annotated[Path, typer.Argument(metavar="FILE", help="The run file (YAML).")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Changes to the run file.")]

@@ -43,10 +43,7 @@ def run_stages(
     Raises Interrupted where a stage was asked to stop, TrainingError where it failed.
     """
     for name in stages:
-        folder = config.stage_folder(name)
-        if (folder / "model" / "mmit.json").is_file() and not fresh:
-            check_unchanged(_settings_of(folder / "model" / "mmit.json"), deciding_settings(config, name), what=folder)
-            logger.info("stage %s: complete, see %s (--fresh trains it again)", name, folder / "model")
+        if is_complete(config, name) and not fresh:
             continue
         count = ranks or local_ranks(config)
         threads = config.launch.threads_per_rank or max(1, (os.cpu_count() or 1) // count)
@@ -55,6 +52,16 @@ def run_stages(
         )
         arguments = [*command, "--stage", name, *(["--fresh"] if fresh else [])]
         launch(arguments, ranks=count, threads=threads, stage=name)
+
+
+def is_complete(config: RunConfig, name: str) -> bool:
+    """True, and said in the log, where a stage has been trained with these settings. Raises ConfigError for others."""
+    folder = config.stage_folder(name)
+    if not (folder / "model" / "mmit.json").is_file():
+        return False
+    check_unchanged(_settings_of(folder / "model" / "mmit.json"), deciding_settings(config, name), what=folder)
+    logger.info("stage %s: complete, see %s (--fresh trains it again)", name, folder / "model")
+    return True
 
 
 def _settings_of(file: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from mmit.config import RunConfig, Stage
 from mmit.config_file import resolved_yaml
 from mmit.distributed import is_launched, logger, rank, ranks_that_differ, set_up_logging, world_size
 from mmit.errors import ConfigError, Interrupted, TrainingError
-from mmit.train.launch import end_with_launcher
+from mmit.train.launch import end_with_launcher, is_complete
 from mmit.train.settings import deciding_settings
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ def train_stage(config: RunConfig, name: str, *, fresh: bool = False) -> Path:
             "a stage is trained by ranks: start it with `mmit train`, `deepspeed --module mmit train` or torchrun"
         )
     prepare_process()
+    if is_complete(config, name) and not fresh:
+        return config.stage_folder(name) / "model"
     from mmit.train.engine import init_process_group
     from mmit.train.loop import StopRequest
 
