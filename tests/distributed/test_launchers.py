@@ -33,7 +33,7 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(tmp_path_factory.mktemp("launchers"), records=8)
 
 
-def test_slurms_script_trains_every_stage_and_a_complete_one_is_left_alone(run_file: Path, tmp_path: Path) -> None:
+def test_slurms_script_trains_every_stage_and_torchrun_trains_one(run_file: Path, tmp_path: Path) -> None:
     script = tmp_path / "job.sh"
     few = ("stages.align.max_steps=2", "stages.instruct.max_steps=1")
     options = ("--nodes", "1", "--ranks-per-node", "2", "--cpus-per-rank", "1", "--cpu", "--option=--partition=tiny")
@@ -58,7 +58,7 @@ def test_slurms_script_trains_every_stage_and_a_complete_one_is_left_alone(run_f
     made = json.loads((run_file.parent / "run" / "instruct" / "model" / "mmit.json").read_text())["made_from"]
     assert made["ranks"] == 2
 
-    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node", "2", "--master_port", "0"]
+    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
     words = ["-m", "mmit", "train", str(run_file), *few, "--stage", "instruct", f"output={tmp_path / 'again'}"]
     words.append(f"stages.instruct.init_from={run_file.parent / 'run' / 'align'}")
     done = subprocess.run(
