@@ -34,6 +34,7 @@ LAYERS = {
     "demo": 5,
     "cli": 6,
     "cli_data": 6,
+    "cli_machine": 6,
     "cli_models": 6,
     "__main__": 7,
 }
