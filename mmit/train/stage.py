@@ -217,7 +217,7 @@ def _open_folder(folder: Path, *, fresh: bool) -> IO[str]:
             raise ConfigError(
                 f"{folder} is being trained by another process; wait for it or take another 'output'"
             ) from None
-        if fresh and folder.exists():
+        if fresh and folder.exists() and any(folder.iterdir()):  # a run that failed early leaves an empty one
             if not (folder / "config.yaml").is_file():
                 raise ConfigError(
                     f"--fresh would remove {folder}, which no run of mmit has written; remove it yourself"
