@@ -140,7 +140,7 @@ def _check_tower(model: VisionLanguageModel, names: Iterable[str]) -> None:
     inside = [f"{name.removeprefix(_TOWER)}.weight" for name in names if name.startswith(_TOWER)]
     if form is not None and any(form.on_disk(name) != (name,) for name in inside):
         raise ConfigError(
-            "lora.targets: this tower is saved as a model of transformers, whose layers are others than those that "
-            "open_clip has; save the model once and start from its directory (model.path), or take an encoder of type "
-            "transformers"
+            "lora.targets: the layers of this tower are stored under other names than it has in memory; leave "
+            "vision_tower out, or take a CLIP or SigLIP of type transformers, which a tower of open_clip becomes when "
+            "the model is saved once and opened as model.path"
         )

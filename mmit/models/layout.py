@@ -17,7 +17,6 @@ from mmit.models.adapter_names import is_adapter, plain_name
 from mmit.models.encoders import HubForm, LayeredTower
 
 _TOWER = "vision_tower."
-_CLIP_TOWER = "vision_tower.vision_model."
 _MODEL = "vision_tower.model."
 # transformers 5 with save_original_format=False; the order matters
 _NATIVE_V5 = (
@@ -95,12 +94,6 @@ def to_disk(tower: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def hub_form(tower: nn.Module) -> HubForm | None:
     """How transformers holds the tower, or None where it keeps its own names."""
     return tower.hub_form() if isinstance(tower, LayeredTower) else None
-
-
-def is_clip_like(tower: nn.Module) -> bool:
-    """True where the tower is saved as a CLIPVisionModel or SiglipVisionModel."""
-    form = hub_form(tower)
-    return form is not None and form.prefix == _CLIP_TOWER
 
 
 def _on_disk(form: HubForm | None, name: str) -> tuple[str, ...]:

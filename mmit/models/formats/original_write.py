@@ -21,7 +21,7 @@ from mmit.models.formats.contents import Json, read_json, write_json
 from mmit.models.formats.form import Writer
 from mmit.models.formats.original_images import original_fields
 from mmit.models.formats.original_names import original_name_of
-from mmit.models.layout import hub_form, is_clip_like
+from mmit.models.layout import hub_form
 from mmit.models.loaded import LoadedModel
 from mmit.models.vlm import VisionLanguageModel
 from mmit.tiling import Anyres
@@ -46,9 +46,9 @@ def why_not(model: VisionLanguageModel) -> str | None:
     form = hub_form(tower)
     if kind not in _CLASSES:
         return f"it has no class for a language model of type {kind} (only {', '.join(_CLASSES)})"
-    if not is_clip_like(tower) or form is None or form.config.get("model_type") != "clip_vision_model":
+    if form is None or form.config["model_type"] != "clip_vision_model":
         return "its vision towers are CLIP"
-    assert isinstance(tower, LayeredTower), "all that is_clip_like knows are"
+    assert isinstance(tower, LayeredTower), "only such a tower has a hub form"
     if not isinstance(hub_files.feature_layer(tower), int):
         return "it reads one layer of the tower"
     if not isinstance(model.multi_modal_projector, MlpProjector):
@@ -108,9 +108,10 @@ def write_tower(loaded: LoadedModel, stored: Mapping[str, Tensor], fresh: Path, 
 
 
 def _hub_tower(loaded: LoadedModel) -> str:
-    """The name of the tower on the hub, or nothing."""
-    path = str(loaded.encoder.get("path", ""))
-    is_there = loaded.encoder.get("type") == "transformers" and path.count("/") == 1
+    """The name of the tower on the hub, or nothing; there it has its own input size."""
+    encoder = loaded.encoder
+    path = str(encoder.get("path", ""))
+    is_there = encoder.get("type") == "transformers" and path.count("/") == 1 and encoder.get("image_size") is None
     return path if is_there and not path.startswith((".", "/", "~")) and not Path(path).exists() else ""
 
 
