@@ -7,7 +7,7 @@ attention of width w, and a head of h x V:
     attention   6 L w t^2    for a sample of t tokens; it looks backwards, which halves it
     head        c h V S      at the S labelled positions only
 
-A frozen tower runs forward alone. Connectors are left out: a few percent of the tower.
+A frozen tower runs forward alone. Connectors are left out: a few percent of the tower. Experts count as if all ran.
 """
 
 from __future__ import annotations
@@ -71,11 +71,11 @@ def language_model_shape(section: ComposedModel | WholeModel, rules: Mapping[str
     alone = nn.Module()
     alone.language_model = model
     table = model.get_input_embeddings().weight
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", 0)  # none in a model without attention
     return LanguageModelShape(
         parameters=sum(p.numel() for p in model.base_model.parameters() if p.ndim > 1) - table.numel(),
         layers=config.num_hidden_layers,
-        attention_width=heads * (getattr(config, "head_dim", None) or config.hidden_size // heads),
+        attention_width=heads * (getattr(config, "head_dim", None) or config.hidden_size // heads) if heads else 0,
         head=table.numel(),
         trains=training_rule(rules, alone) is not None,
     )

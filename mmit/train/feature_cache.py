@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from mmit.config import RunConfig
 from mmit.data.features import MANIFEST, FeatureStore, open_folder
 from mmit.distributed import is_launched, rank, world_size
@@ -48,7 +50,7 @@ def cache_features(
 def _make(config: RunConfig, name: str, look: Look) -> None:
     take_device()
     maker = maker_of(look, device=device(), workers=config.stages[name].data.workers)
-    share = look.pictures.share(rank(), world_size())
+    share = np.concatenate(look.pictures.share(rank(), world_size()))
     maker.make(look.plan, share, check_stop=lambda: None, progress=rank() == 0)
 
 

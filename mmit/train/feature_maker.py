@@ -27,6 +27,8 @@ from mmit.models.vlm import tower_features
 from mmit.tiling import Anyres
 
 TILES_AT_A_TIME = 32
+PIECE = 4096
+"""Samples after which ranks wait for each other, so that none waits in a collective longer than that permits."""
 LOOK_AROUND_EVERY = 16
 """Passes of the tower after which a writer learns what the others have added."""
 
@@ -53,9 +55,10 @@ class Pictures:
             digest.update(source.fingerprint.encode() + samples.tobytes() + table.rows["turns"][samples].tobytes())
         return cls(np.concatenate(found), digest.hexdigest()[:32])
 
-    def share(self, number: int, of: int) -> np.ndarray:
-        """The part that one of several processes goes through."""
-        return np.array_split(self.places, of)[number]
+    def share(self, number: int, of: int) -> list[np.ndarray]:
+        """The part that one of several processes goes through, in pieces, as many for each of them."""
+        pieces = max(1, -(-len(self.places) // (of * PIECE)))
+        return np.array_split(np.array_split(self.places, of)[number], pieces)
 
 
 def look_of(spec: ImageSpec, images: int) -> str:

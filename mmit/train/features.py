@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -109,10 +110,10 @@ def stage_features(config: RunConfig, name: str, *, dtype: torch.dtype, stop: St
         logger.info(
             "features of %d samples with pictures: what %s lacks is made", len(look.pictures.places), look.folder
         )
-        maker, share = maker_of(look, device=device(), workers=data.workers), look.pictures.share(rank(), world_size())
-        collectively(
-            lambda: maker.make(look.plan, share, check_stop=check_stop, progress=rank() == 0), what=look.folder
-        )
+        maker = maker_of(look, device=device(), workers=data.workers)
+        for piece in look.pictures.share(rank(), world_size()):
+            make = partial(maker.make, look.plan, piece, check_stop=check_stop, progress=rank() == 0)
+            collectively(make, what=look.folder)
         collectively(lambda: rank() == 0 and note(look, name), what=look.folder)
     file = config.stage_folder(name) / TOWER_FILE
     collectively(lambda: rank() == 0 and put_aside(look.tower.module, file), what=file)
