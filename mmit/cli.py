@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from mmit import __version__, cli_data, cli_machine, cli_models
+from mmit.cli_models import Base, ModelDirectory, Template, Tower, whole_model
 from mmit.errors import ConfigError, MmitError, OtherRankFailed
 
 app = typer.Typer(
@@ -30,7 +31,6 @@ app.command("launch")(cli_machine.launch)
 
 RunFile = Annotated[Path, typer.Argument(metavar="FILE", help="The run file (YAML).")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Changes to the run file.")]
-ModelDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="A model directory, or a run's stage folder.")]
 
 
 def main() -> None:
@@ -140,12 +140,15 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Share of probability that is drawn from.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Of the drawing, for the same answer again.")] = None,
+    base: Base = None,
+    tower: Tower = None,
+    template: Template = "own",
 ) -> None:
     """Talk to a model about pictures."""
     from mmit.chat.terminal import Style, run_chat
 
     style = Style(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    run_chat(directory, image or [], prompt, style=style)
+    run_chat(whole_model(directory, base, tower, template), image or [], prompt, style=style)
 
 
 @app.command()
@@ -153,11 +156,14 @@ def serve(
     directory: ModelDirectory,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
+    base: Base = None,
+    tower: Tower = None,
+    template: Template = "own",
 ) -> None:
     """Serve a model: a chat page, and an API that OpenAI's clients speak (needs the extra 'serve')."""
     from mmit.chat.server import serve as run
 
-    run(directory, host=host, port=port)
+    run(whole_model(directory, base, tower, template), host=host, port=port)
 
 
 @app.command("eval")
@@ -168,13 +174,17 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Ask the first so many samples only.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 16,
     out: Annotated[Path | None, typer.Option(help="Also write scores and every answer as JSON.")] = None,
+    base: Base = None,
+    tower: Tower = None,
+    template: Template = "own",
 ) -> None:
     """Score a model by exact match, by question type, with the true picture and without it."""
     from rich.console import Console
 
     from mmit.evaluate.runner import evaluate as run
 
-    scores = run(directory, data, pictures=pictures or ["true"], limit=limit, max_new_tokens=max_new_tokens)
+    model = whole_model(directory, base, tower, template)
+    scores = run(model, data, pictures=pictures or ["true"], limit=limit, max_new_tokens=max_new_tokens)
     Console().print(scores.table(f"exact match on {data}"))
     if out is not None:
         scores.write(out)

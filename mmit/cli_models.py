@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-Directory = Annotated[Path, typer.Argument(metavar="DIR", help="A model directory, or a run's stage folder.")]
+if TYPE_CHECKING:
+    from mmit.config import WholeModel
+
+ModelDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="A model directory, or a run's stage folder.")]
 Base = Annotated[str | None, typer.Option(help="Language model of a checkpoint that holds a projector or LoRA only.")]
 Tower = Annotated[str | None, typer.Option(help="Vision tower in the place of the one that a checkpoint names.")]
 Template = Annotated[str, typer.Option(help="Chat template: own, a .jinja file, or a built-in name.")]
+
+
+def whole_model(directory: Path, base: str | None, tower: str | None, template: str) -> WholeModel:
+    """The model that these options name, as a section of a run file."""
+    from mmit.config import WholeModel
+
+    return WholeModel(path=str(directory), base=base, tower=tower, template=template)
 
 
 class To(StrEnum):
@@ -23,7 +33,7 @@ class To(StrEnum):
 
 
 def export(
-    directory: Directory,
+    directory: ModelDirectory,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write; must not exist.")],
     to: Annotated[To, typer.Option(help="transformers' class, LLaVA's original code, or mmit's own layout.")] = To.HF,
     llm_only: Annotated[bool, typer.Option("--llm-only", help="The tuned language model alone.")] = False,
@@ -33,11 +43,10 @@ def export(
     template: Template = "own",
 ) -> None:
     """Write a model in another format, and prove that it is the same model there."""
-    from mmit.config import WholeModel
     from mmit.distributed import set_up_logging
     from mmit.export.export import export as run
 
     set_up_logging()
-    model = WholeModel(path=str(directory), base=base, tower=tower, template=template)
+    model = whole_model(directory, base, tower, template)
     for line in run(model, out, to=to.value, llm_only=llm_only, dtype=dtype):
         typer.echo(line)

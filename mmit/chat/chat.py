@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable
 from contextlib import closing
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -18,7 +17,7 @@ from mmit.chat.answer import Answer, Sampling, answer
 from mmit.chat.pictures import Picture, picture_bytes
 from mmit.conversation import Conversation, ImageRef, Message
 from mmit.errors import ConfigError
-from mmit.models.load import load_model
+from mmit.models.load import ModelSource, load_model
 from mmit.models.loaded import LoadedModel
 
 Precision = Literal["auto", "bf16", "fp32"]
@@ -34,9 +33,9 @@ class Chat:
         self._images: tuple[bytes, ...] = ()
 
     @classmethod
-    def load(cls, directory: Path | str, *, device: str = "auto", precision: Precision = "auto") -> Chat:
-        """A chat with the model in ``directory``: what mmit wrote (a model, a stage or a checkpoint), or a LLaVA model
-        in the layout of transformers.
+    def load(cls, directory: ModelSource, *, device: str = "auto", precision: Precision = "auto") -> Chat:
+        """A chat with the model in ``directory``: what mmit wrote (a model, a stage or a checkpoint), or a model in any
+        of the formats of docs/checkpoints.md; a ``WholeModel`` also names its base, tower and template.
 
         device: ``auto`` takes an accelerator if there is one. precision: ``auto`` is bf16 there and fp32 on the CPU.
         Raises CheckpointError if the directory holds no such model or is damaged, ConfigError for an unknown device.
@@ -109,7 +108,7 @@ class Chat:
                 self._messages, self._images = (*messages, said), images
 
 
-def load_for_chat(directory: Path | str, *, device: str = "auto", precision: Precision = "auto") -> LoadedModel:
+def load_for_chat(directory: ModelSource, *, device: str = "auto", precision: Precision = "auto") -> LoadedModel:
     """The model of ``directory`` on its device, ready to answer; see ``Chat.load``."""
     place = _device(device)
     dtypes = {"auto": torch.float32 if place.type == "cpu" else torch.bfloat16, "bf16": torch.bfloat16}

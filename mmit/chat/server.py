@@ -29,7 +29,9 @@ from mmit.chat.protocol import (
     read_request,
     usage,
 )
+from mmit.config import WholeModel
 from mmit.errors import ConfigError, MissingExtra, MmitError
+from mmit.models.load import ModelSource
 from mmit.models.loaded import LoadedModel
 
 try:
@@ -56,7 +58,7 @@ _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 def serve(
-    directory: Path | str,
+    directory: ModelSource,
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
@@ -79,9 +81,9 @@ def serve(
         uvicorn.Server(config).run(sockets=[listener])
 
 
-def model_name(directory: Path | str) -> str:
+def model_name(directory: ModelSource) -> str:
     """What clients call the model: the name of its directory, or of the stage that holds it as ``model/``."""
-    path = Path(directory).resolve()
+    path = Path(directory.path if isinstance(directory, WholeModel) else directory).resolve()
     return path.parent.name if path.name == "model" else path.name
 
 

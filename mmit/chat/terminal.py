@@ -15,6 +15,7 @@ from pathlib import Path
 from mmit.chat.chat import Chat, Precision
 from mmit.chat.pictures import picture_bytes
 from mmit.errors import MmitError
+from mmit.models.load import ModelSource
 
 HELP = """\
 /image PATH  show a picture with the next question; again for more pictures
@@ -34,7 +35,7 @@ class Style:
 
 
 def run_chat(
-    directory: Path | str,
+    directory: ModelSource,
     images: Sequence[Path] = (),
     prompt: str | None = None,
     *,

@@ -16,6 +16,7 @@ from mmit.data import open_source
 from mmit.errors import ConfigError
 from mmit.evaluate.accuracy import Asked, ask_all, by_type
 from mmit.evaluate.pictures import PICTURES, Pictures, with_pictures
+from mmit.models.load import ModelSource
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Scores:
 
 
 def evaluate(
-    directory: Path | str,
+    directory: ModelSource,
     shards: str,
     *,
     pictures: Sequence[str] = ("true",),

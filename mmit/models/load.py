@@ -42,8 +42,12 @@ Adapter = Literal["merge", "keep", "drop"]
 """What becomes of the adapter of a directory: added to the weights, put beside them, or not read."""
 
 
+ModelSource = WholeModel | Path | str
+"""A model directory, or a run file's section that names one with its base, tower and template."""
+
+
 def load_model(
-    model: WholeModel | Path | str,
+    model: ModelSource,
     *,
     dtype: torch.dtype,
     adapter: Adapter = "merge",
@@ -51,7 +55,7 @@ def load_model(
 ) -> LoadedModel:
     """The model in a directory (or in a stage's folder), in eval mode on the CPU.
 
-    model: the directory, or a run file's section with its base, tower and template. absent: stands in the tower's
+    absent: stands in the tower's
     place, which is then not read. Raises CheckpointError that names the file, or lists the tensors, that do not fit.
     """
     section = model if isinstance(model, WholeModel) else WholeModel(path=str(model))
