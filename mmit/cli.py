@@ -28,6 +28,7 @@ app.add_typer(cli_data.app, name="data")
 app.command("export")(cli_models.export)
 app.command("doctor")(cli_machine.doctor)
 app.command("launch")(cli_machine.launch)
+app.command("inspect")(cli_models.inspect)
 
 RunFile = Annotated[Path, typer.Argument(metavar="FILE", help="The run file (YAML).")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Changes to the run file.")]

@@ -1,4 +1,4 @@
-"""The command line's verbs on model directories: ``mmit export``."""
+"""The command line's verbs on model directories: ``mmit export`` and ``mmit inspect``."""
 
 from __future__ import annotations
 
@@ -50,3 +50,26 @@ def export(
     model = whole_model(directory, base, tower, template)
     for line in run(model, out, to=to.value, llm_only=llm_only, dtype=dtype):
         typer.echo(line)
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="DIR|FILE", help="Any checkpoint, model directory or weight file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="The same as JSON.")] = False,
+) -> None:
+    """Tell what a checkpoint holds, without loading it."""
+    import json
+
+    from mmit.models.inspection import inspect as look
+
+    found = look(path)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=2))
+        return
+    typer.echo(f"{found.path}: {found.kind}")
+    for part in found.parts:
+        size = f"{part.parameters:>16,} parameters {part.bytes / 1e9:>9.3f} GB"
+        typer.echo(f"  {part.name:<15}{size}  {part.tensors:>5} tensors  {', '.join(part.dtypes)}")
+    for name, value in found.facts.items():
+        typer.echo(f"  {name}: {json.dumps(value) if isinstance(value, dict | list) else value}")
+    for problem in found.problems:
+        typer.echo(f"  PROBLEM {problem}")

@@ -10,7 +10,6 @@ import pickle
 import re
 import zipfile
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,8 +19,8 @@ from mmit.errors import CheckpointError
 _ASKED_FOR = re.compile(r"GLOBAL ([\w.]*\w)")
 
 
-def read_pickled(file: Path, *, place: Literal["cpu", "meta"] = "cpu", inside: str = "") -> dict[str, Tensor]:
-    """The tensors of a ``*.bin`` file by name, memory-mapped; on ``meta`` only their shapes and dtypes.
+def read_pickled(file: Path, *, inside: str = "") -> dict[str, Tensor]:
+    """The tensors of a ``*.bin`` file by name, memory-mapped.
 
     inside: the entry of the file's dictionary that holds them, where it has one of this name.
 
@@ -29,14 +28,14 @@ def read_pickled(file: Path, *, place: Literal["cpu", "meta"] = "cpu", inside: s
     """
     try:
         # Files older than torch 1.6 are no zip archives and cannot be mapped.
-        mapped = place == "cpu" and zipfile.is_zipfile(file)
-        content = torch.load(file, map_location=place, weights_only=True, mmap=mapped)
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         asked = _ASKED_FOR.search(str(error))
-        wanted = f" ({asked[1]})" if asked else ""
+        if asked is None:
+            raise CheckpointError(f"{file} is damaged, or no file of tensors; copy or make it again") from error
         raise CheckpointError(
-            f"{file} is a pickle that asks for more than tensors{wanted}; it may carry code and was not opened: take "
-            "the weights from a source you trust, as safetensors"
+            f"{file} is a pickle that asks for more than tensors ({asked[1]}); it may carry code and was not opened: "
+            "take the weights from a source you trust, as safetensors"
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError, IndexError) as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__

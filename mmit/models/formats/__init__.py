@@ -11,6 +11,7 @@ from __future__ import annotations
 from mmit.encoding import Style
 from mmit.errors import CheckpointError, ConfigError
 from mmit.models.formats.contents import Contents, read_contents, read_json, write_json
+from mmit.models.formats.foreign import refusal
 from mmit.models.formats.form import Format, Target, Writer
 from mmit.models.formats.instructblip import INSTRUCTBLIP
 from mmit.models.formats.llava import LLAVA
@@ -53,6 +54,8 @@ def detect(contents: Contents) -> Format:
                 raise ConfigError(f"{directory} is whole ({form.title}); leave out base and tower")
             form.check(contents)
             return form
+    if (sentence := refusal(contents)) is not None:
+        raise CheckpointError(sentence)
     titles = "; ".join(form.title for form in FORMATS)
     raise CheckpointError(
         f"{directory} holds a model of type '{config.get('model_type')}', which is none of the formats that can be "
