@@ -229,6 +229,8 @@ def _stored_readings(contents: Contents) -> list[tuple[int | list[int] | None, s
     config = contents.config
     if "vision_feature_layer" in config:
         return [(config["vision_feature_layer"], config["vision_feature_select_strategy"])]
+    if config.get("model_type") == "instructblip":  # it has no choice
+        return [(-1, "full")]
     towers = contents.own.get("towers", [])
     return [(tower.get("layer"), "default" if tower.get("cls") == "drop" else "full") for tower in towers]
 

@@ -96,8 +96,9 @@ def _without_type(text_config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _connector(section: ConnectorSection, tower: VisionEncoder, width_out: int) -> Connector:
-    made = build_connector(
-        section, width_in=tower.width, width_out=width_out, patches=tower.patches, seed=0, dtype=torch.float32
-    )
+    with no_init_weights():
+        made = build_connector(
+            section, width_in=tower.width, width_out=width_out, patches=tower.patches, seed=0, dtype=torch.float32
+        )
     assert isinstance(made, Connector), "build_connector checks it"
     return made

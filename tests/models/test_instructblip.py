@@ -34,7 +34,7 @@ from mmit.chat.prompt import encode_prompt
 from mmit.config import ComposedModel, WholeModel
 from mmit.conversation import Conversation, ImageRef, Message
 from mmit.errors import CheckpointError
-from mmit.models import LoadedModel, build_model, load_model, read_outline, save_model
+from mmit.models import LoadedModel, build_model, load_model, load_weights, read_outline, save_model
 from mmit.models.formats.instructblip import module_name
 
 Kind = Literal["llama", "opt"]
@@ -219,6 +219,16 @@ def test_what_transformers_would_read_otherwise_is_kept_in_mmits_own_layout(
     assert kept["layout"] == "own"
     assert reason in kept["not_llava_because"]
     load_model(tmp_path / "out", dtype=torch.float32)
+
+
+def test_a_stage_that_reads_the_encoder_otherwise_does_not_start_from_it(
+    directories: dict[Kind, Path], sections: dict[str, ComposedModel]
+) -> None:
+    llm = sections["clip_llama"].language_model.path
+    section = composed(directories["llama"], language_model__path=llm, encoder__layer=-2)
+    model = build_model(section, dtype=torch.float32, seed=3).model
+    with pytest.raises(CheckpointError, match=r"reads the encoder at layer -1 \(full\), the run file at layer -2"):
+        load_weights(model, directories["llama"])
 
 
 Change = Callable[[Path], object]
