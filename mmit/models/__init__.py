@@ -12,36 +12,38 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmit.models.adapter_files import begin_adapter
-    from mmit.models.adapter_names import holds_adapter, partner
+    from mmit.models.adapter_names import base_directory, holds_adapter, partner
     from mmit.models.build import build_model
     from mmit.models.load import find_model_directory, load_model, load_weights
     from mmit.models.loaded import LoadedModel
     from mmit.models.merge import merge_directory
     from mmit.models.outline import Outline, read_outline
     from mmit.models.rules import NEW_TOKENS, TrainGroup
-    from mmit.models.save import save_model
+    from mmit.models.save import Frozen, save_model
     from mmit.models.vlm import VisionLanguageModel
 
 _WHERE = {
     "adapter_files": ("begin_adapter",),
-    "adapter_names": ("holds_adapter", "partner"),
+    "adapter_names": ("base_directory", "holds_adapter", "partner"),
     "build": ("build_model",),
     "outline": ("Outline", "read_outline"),
     "load": ("find_model_directory", "load_model", "load_weights"),
     "loaded": ("LoadedModel",),
     "merge": ("merge_directory",),
     "rules": ("NEW_TOKENS", "TrainGroup"),
-    "save": ("save_model",),
+    "save": ("Frozen", "save_model"),
     "vlm": ("VisionLanguageModel",),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 
 __all__ = [
     "NEW_TOKENS",
+    "Frozen",
     "LoadedModel",
     "Outline",
     "TrainGroup",
     "VisionLanguageModel",
+    "base_directory",
     "begin_adapter",
     "build_model",
     "find_model_directory",

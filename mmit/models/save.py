@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,11 @@ from mmit.models.formats import Target, choose_target, write_json
 from mmit.models.formats.own import OWN
 from mmit.models.formats.parts import INSTRUCTION_TOKENIZER, connector_inside
 from mmit.models.four_bits import unpacked
-from mmit.models.layout import hub_form, tensors_of, to_disk
+from mmit.models.layout import disk_names, hub_form, tensors_of, to_disk
 from mmit.models.loaded import FORMAT, LoadedModel
 from mmit.models.stored import INDEX
+
+_FROZEN, _TRAINED = "frozen", "trained"
 
 SHARD_BYTES = 5 * 10**9
 """Weights beyond this size are split over several files."""
@@ -42,6 +45,13 @@ SENTENCEPIECE = "tokenizer.model"
 PACKAGES = ("torch", "transformers", "open_clip_torch", "timm", "deepspeed", "tokenizers", "safetensors")
 
 
+@dataclass(frozen=True)
+class Frozen:
+    """Weights that stay the same from one writing to the next: linked to the files in ``written``, where that is."""
+
+    written: Path | None
+
+
 def save_model(
     loaded: LoadedModel,
     state: Mapping[str, Tensor] | None,
@@ -50,12 +60,14 @@ def save_model(
     made_from: Mapping[str, Any],
     to: Target | None = None,
     place: Path | None = None,
+    frozen: Frozen | None = None,
 ) -> None:
     """Write the model into ``directory``, replacing what is there.
 
     state: all tensors by their names in memory, where they are not in the model itself (ZeRO); tied names may occur
     twice. made_from: free facts for ``mmit.json`` (run, stage, base models). to: the format; None for the one that
-    ``choose_target`` takes. place: where the directory will stand in the end; None for where it is written. Raises
+    ``choose_target`` takes. place: where the directory will stand in the end; None for where it is written. frozen: of
+    a model with an adapter, the weights that do not train go into files of their own. Raises
     CheckpointError where the disk refuses; then nothing has changed.
     """
     directory = Path(directory)
@@ -68,7 +80,7 @@ def save_model(
         content.mkdir(parents=True, exist_ok=True)
         place = place or directory
         target = to or choose_target(loaded.model, loaded.style)
-        stored = _write(loaded, state, content, target)
+        stored = _write(loaded, state, content, target, frozen=frozen if adapted else None)
         if target.writer.describes:
             own = _own_description(loaded, made_from)
             write_json(content / "mmit.json", own | _layout(target))
@@ -85,7 +97,12 @@ def save_model(
 
 
 def _write(
-    loaded: LoadedModel, state: Mapping[str, Tensor] | None, directory: Path, target: Target
+    loaded: LoadedModel,
+    state: Mapping[str, Tensor] | None,
+    directory: Path,
+    target: Target,
+    *,
+    frozen: Frozen | None,
 ) -> dict[str, Tensor]:
     """Write weights and settings; returns the tensors under their hub names."""
     model, writer = loaded.model, target.writer
@@ -96,8 +113,13 @@ def _write(
     tensors |= unpacked(model)
     dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
     stored = to_disk(model.vision_tower, {name: t.detach().cpu() for name, t in tensors.items()})
-    named = {writer.disk_name(name): tensor for name, tensor in stored.items()}
-    _write_weights({name: tensor for name, tensor in named.items() if name is not None}, directory)
+    named = {on_disk: tensor for name, tensor in stored.items() if (on_disk := writer.disk_name(name)) is not None}
+    if frozen is None:
+        _write_weights({"model": named}, directory, Frozen(None))
+    else:
+        trained = [plain_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        of_trained = {writer.disk_name(name) for some in disk_names(model.vision_tower, trained).values() for name in some}
+        _write_weights(_split(named, of_trained), directory, frozen)
     write_json(directory / "config.json", writer.config(loaded, dtype))
     for name, content in writer.files(loaded).items():
         write_json(directory / name, content)
@@ -114,15 +136,39 @@ def _layout(target: Target) -> dict[str, Any]:
     return {"layout": target.name} | refused
 
 
-def _write_weights(tensors: dict[str, Tensor], directory: Path) -> None:
-    split = split_torch_state_dict_into_shards(
-        tensors, max_shard_size=SHARD_BYTES, filename_pattern="model{suffix}.safetensors"
-    )
-    for file, names in split.filename_to_tensors.items():
-        save_file({name: tensors[name] for name in names}, directory / file, metadata={"format": "pt"})
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_json(directory / INDEX, index)
+def _split(tensors: Mapping[str, Tensor], trained: Collection[str | None]) -> dict[str, dict[str, Tensor]]:
+    return {
+        file: {name: tensor for name, tensor in tensors.items() if (name in trained) == (file == _TRAINED)}
+        for file in (_FROZEN, _TRAINED)
+    }
+
+
+def _write_weights(files: Mapping[str, dict[str, Tensor]], directory: Path, frozen: Frozen) -> None:
+    """Write tensors by the name of their file, each split where it is too large, and an index of more than one."""
+    place: dict[str, str] = {}
+    size = 0
+    for name, tensors in files.items():
+        split = split_torch_state_dict_into_shards(
+            tensors, max_shard_size=SHARD_BYTES, filename_pattern=f"{name}{{suffix}}.safetensors"
+        )
+        for file, names in split.filename_to_tensors.items():
+            if name != _FROZEN or not _linked(frozen, directory / file):
+                save_file({key: tensors[key] for key in names}, directory / file, metadata={"format": "pt"})
+        place |= split.tensor_to_filename
+        size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if len(set(place.values())) > 1 or _FROZEN in files:
+        write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": place})
+
+
+def _linked(frozen: Frozen, file: Path) -> bool:
+    """Let ``file`` be one more name of the file that was written before; False where there is none, or no links."""
+    try:
+        if frozen.written is None:
+            return False
+        os.link(frozen.written / file.name, file)
+    except OSError:
+        return False
+    return True
 
 
 def _write_tokenizer(loaded: LoadedModel, directory: Path, *, processor_class: str) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mmit.distributed import rank
-from mmit.models import LoadedModel, save_model
+from mmit.models import Frozen, LoadedModel, base_directory, save_model
 from mmit.models.absent import present
+from mmit.train.checkpoint import newest
 from mmit.train.engine import Engine
 from mmit.train.features import StageFeatures
 
@@ -19,17 +20,24 @@ def model_writer(
     loaded: LoadedModel,
     made_from: Callable[[], dict[str, Any]],
     features: StageFeatures | None,
+    checkpoints: Path,
 ) -> Callable[[Path], None]:
     """A function that writes the model into a directory; collective, rank 0 writes.
 
-    features: what is read in the place of an absent tower, whose weights are taken from their file.
+    features: what is read in the place of an absent tower, whose weights are taken from their file. The weights beside
+    an adapter are written once; the checkpoints after the first have links to those files where the disk knows them.
     """
+    has_written = False
 
     def write(directory: Path) -> None:
+        nonlocal has_written
         state = engine.full_state()
         if rank() != 0:
             return
         with nullcontext({}) if features is None else present(loaded.model, features.file) as weights:
-            save_model(loaded, {**state, **weights}, directory, made_from=made_from())
+            before = newest(checkpoints) if has_written else None
+            frozen = Frozen(None if before is None else base_directory(before / "model"))
+            save_model(loaded, {**state, **weights}, directory, made_from=made_from(), frozen=frozen)
+            has_written = True
 
     return write

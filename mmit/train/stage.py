@@ -158,7 +158,8 @@ def _run(ready: _Ready, *, stop: StopRequest) -> Path:
     stage, folder, state, steps = ready.stage, ready.folder, ready.state, ready.feed.plan.steps
     made_from = checkpoint.facts(ready.config, stage=ready.name, plan=ready.feed.plan.fingerprint)
     skipped = SkippedRecord(folder, ready.feed.plan, state, max_skipped=stage.data.max_skipped)
-    write_model = model_writer(ready.engine, ready.loaded, lambda: made_from | skipped.facts(), ready.features)
+    saved = folder / "checkpoints"
+    write_model = model_writer(ready.engine, ready.loaded, lambda: made_from | skipped.facts(), ready.features, saved)
     check = FirstStepCheck(ready.engine.module, seldom=ready.loaded.model.by_row)
     done, first = state.step, state.step + 1
 

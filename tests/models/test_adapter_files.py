@@ -24,7 +24,7 @@ from mmit.cli import app
 from mmit.config import Lora
 from mmit.errors import CheckpointError, ConfigError
 from mmit.images import normalize
-from mmit.models import LoadedModel, begin_adapter, load_model, load_weights, merge_directory, save_model
+from mmit.models import Frozen, LoadedModel, begin_adapter, load_model, load_weights, merge_directory, save_model
 from mmit.models.adapters import adapted_layers
 
 Build = Callable[..., LoadedModel]
@@ -192,3 +192,26 @@ def test_an_adapter_that_does_not_fit_is_refused(build: Build, tmp_path: Path) -
     refused("adapter_config.json has alpha_pattern, which mmit does not read")
     config.write_text(json.dumps(json.loads(described) | {"peft_type": "IA3"}))
     refused("adapter_config.json has the type IA3, which mmit does not read")
+
+
+def test_frozen_weights_are_written_once_and_linked(build: Build, tmp_path: Path) -> None:
+    loaded = adapted(build("siglip_qwen2"), LLM)
+    loaded.model.train_only({"lora": 1e-4, "connector": 1e-5})
+    first, second = tmp_path / "first", tmp_path / "second"
+    save_model(loaded, None, first, made_from={}, frozen=Frozen(None))
+    with torch.no_grad():
+        loaded.model.get_parameter("multi_modal_projector.linear_1.weight").add_(1)
+    save_model(loaded, None, second, made_from={}, frozen=Frozen(first / "base"))
+    files = [file.name for file in (second / "base").glob("*.safetensors")]
+    assert sorted(files) == ["frozen.safetensors", "trained.safetensors"]
+    assert (first / "base" / "frozen.safetensors").samefile(second / "base" / "frozen.safetensors")
+    shutil.rmtree(first)
+    opened = load_model(second, dtype=torch.float32, adapter="keep")
+    assert torch.equal(logits(opened), logits(loaded))
+    theirs = LlavaForConditionalGeneration.from_pretrained(second / "base").state_dict()
+    assert torch.equal(
+        theirs["model.multi_modal_projector.linear_1.weight"],
+        loaded.model.get_parameter("multi_modal_projector.linear_1.weight"),
+    )
+    save_model(loaded, None, tmp_path / "third", made_from={}, frozen=Frozen(first / "base"))
+    assert torch.equal(logits(load_model(tmp_path / "third", dtype=torch.float32, adapter="keep")), logits(loaded))
