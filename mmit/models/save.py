@@ -118,7 +118,9 @@ def _write(
         _write_weights({"model": named}, directory, Frozen(None))
     else:
         trained = [plain_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        of_trained = {writer.disk_name(name) for some in disk_names(model.vision_tower, trained).values() for name in some}
+        of_trained = {
+            writer.disk_name(name) for some in disk_names(model.vision_tower, trained).values() for name in some
+        }
         _write_weights(_split(named, of_trained), directory, frozen)
     write_json(directory / "config.json", writer.config(loaded, dtype))
     for name, content in writer.files(loaded).items():

@@ -81,6 +81,8 @@ def test_a_step_of_adapters_and_a_connector_is_exact_saved_resumed_and_merged(re
     assert found["off"] < 3e-7  # the order of fp32 sums, as above
     assert found["saved"] == found["resumed"] == 0.0
     assert found["merged"] == 0.0
+    assert found["old rows"] == 0.0  # under weight decay too
+    assert found["new row"] > 5e-4
 
 
 @pytest.mark.parametrize("stage", ["zero-2", "zero-3"])
