@@ -7,92 +7,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    Blip2VisionConfig,
-    Blip2VisionModel,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    Dinov2Config,
-    Dinov2Model,
-    Dinov2WithRegistersConfig,
-    Dinov2WithRegistersModel,
-    DINOv3ViTConfig,
-    DINOv3ViTModel,
-    InstructBlipVisionConfig,
-    InstructBlipVisionModel,
-    PreTrainedConfig,
-    PreTrainedModel,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-)
+from transformers import AutoConfig, CLIPVisionModel, DINOv3ViTModel, PreTrainedConfig, PreTrainedModel
 
 from mmit.errors import ConfigError
+from mmit.models.encoders.families import FAMILIES, NOISE
 from mmit.models.encoders.positions import resample_positions
 from mmit.models.encoders.tower import Cls, HubForm, ImageInput, Layer, check_input_size, joined, states_to_read
 from mmit.models.placement import placement
-
-# What transformers writes into every configuration and means nothing in this one.
-NOISE = (
-    *("_name_or_path", "dtype", "transformers_version", "id2label", "label2id", "problem_type", "return_dict"),
-    *("output_hidden_states", "output_attentions", "chunk_size_feed_forward", "is_encoder_decoder"),
-)
-_DINO = (
-    ("attention.q_proj.", "attention.attention.query."),
-    ("attention.k_proj.", "attention.attention.key."),
-    ("attention.v_proj.", "attention.attention.value."),
-    ("attention.o_proj.", "attention.output.dense."),
-)
-
-
-@dataclass(frozen=True)
-class _Family:
-    """One kind of tower: its classes, where its layers and position embeddings are, its names on disk."""
-
-    config: Any
-    model: Any
-    layers: str
-    positions: str | None
-    class_tokens: int
-    prefix: str = "vision_tower."
-    renamed: tuple[tuple[str, str], ...] = ()
-    """Parts of names in memory, and in their place on disk: what transformers itself writes."""
-    norm: str = ""
-    """A norm that belongs to the output of the last layer: what the family's models read."""
-
-
-_CLIP_PREFIX = "vision_tower.vision_model."
-_CLIP_POSITIONS, _DINO_POSITIONS = "embeddings.position_embedding.weight", "embeddings.position_embeddings"
-_BLIP_POSITIONS = "embeddings.position_embedding"
-FAMILIES = {
-    "clip_vision_model": _Family(
-        CLIPVisionConfig, CLIPVisionModel, "encoder.layers", _CLIP_POSITIONS, 1, prefix=_CLIP_PREFIX
-    ),
-    "siglip_vision_model": _Family(
-        SiglipVisionConfig, SiglipVisionModel, "encoder.layers", _CLIP_POSITIONS, 0, prefix=_CLIP_PREFIX
-    ),
-    "dinov2": _Family(Dinov2Config, Dinov2Model, "encoder.layer", _DINO_POSITIONS, 1, renamed=_DINO),
-    "dinov2_with_registers": _Family(
-        Dinov2WithRegistersConfig, Dinov2WithRegistersModel, "encoder.layer", _DINO_POSITIONS, 1, renamed=_DINO
-    ),
-    "blip_2_vision_model": _Family(
-        Blip2VisionConfig, Blip2VisionModel, "encoder.layers", _BLIP_POSITIONS, 1, norm="post_layernorm"
-    ),
-    "instructblip_vision_model": _Family(
-        InstructBlipVisionConfig, InstructBlipVisionModel, "encoder.layers", _BLIP_POSITIONS, 1, norm="post_layernorm"
-    ),
-    # its positions are rotary: computed from the size of the picture
-    "dinov3_vit": _Family(
-        DINOv3ViTConfig, DINOv3ViTModel, "model.layer", None, 1, renamed=(("model.layer.", "layer."),)
-    ),
-}
-"""By the ``model_type`` of a vision configuration."""
 
 _BLIP_NAMES = {r"^vision_model\.": ""}
 _HOLDING_A_TOWER = {"clip": None, "siglip": None, "blip-2": _BLIP_NAMES, "instructblip": _BLIP_NAMES}

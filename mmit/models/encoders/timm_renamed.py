@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from mmit.models.encoders.hub_towers import FAMILIES
+from mmit.models.encoders.families import FAMILIES
 
 _ACTIVATIONS = {nn.GELU: "gelu", GELUTanh: "gelu_pytorch_tanh", QuickGELU: "quick_gelu"}
 _BLOCK = {
