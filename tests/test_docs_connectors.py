@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from factories import tiny_bert_tokenizer
 from model_factories import tiny_model_section
 from models_support import batch_of, sample
 from pydantic import TypeAdapter
@@ -51,13 +52,17 @@ def test_the_sections_on_the_page_are_valid() -> None:
     ("kind", "row"),
     [(kind, row) for kind, row in re.findall(r"^\| `(\w+)`[^|]*(\|[^|]*\|[^|]*\|[^|]*\|)", PAGE, flags=re.MULTILINE)],
 )
-def test_the_table_tells_parameters_and_grid(kind: str, row: str) -> None:
+def test_the_table_tells_parameters_and_grid(kind: str, row: str, tmp_path: Path) -> None:
     _, tokens, parameters, grid, _ = (cell.strip() for cell in row.split("|"))
     width = 1024
     if reads := parameters == "188.8 M":
         width = 1408
+        tiny_bert_tokenizer(tmp_path)
         described: Any = QFormerConnector.model_validate(
-            {"type": kind, "instruction": {"tokenizer": "", "vocabulary": 30523}}  # BERT's 30522 and one more
+            {
+                "type": kind,
+                "instruction": {"tokenizer": str(tmp_path), "vocabulary": 30523},
+            }
         )
     else:
         described = TypeAdapter(Connector).validate_python({"type": kind})

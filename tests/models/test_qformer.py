@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,13 @@ from transformers import (
 
 from mmit.batch import Encoded
 from mmit.chat.prompt import encode_prompt
-from mmit.config import ComposedModel, WholeModel
+from mmit.config import ComposedModel, Data, QFormerConnector, WholeModel
 from mmit.conversation import Conversation, ImageRef, Message
 from mmit.encoding import encode_conversation
-from mmit.errors import DataError
+from mmit.errors import ConfigError, DataError
 from mmit.models import LoadedModel, build_model, load_model, read_outline, save_model
 from mmit.models.connectors.qformer import QFormer, Reading, Shape
+from mmit.train.feed import make_encode
 
 SIZES: dict[str, Any] = {
     "hidden_size": 16,
@@ -225,6 +227,33 @@ def test_a_directory_brings_the_tokenizer_of_the_questions_along(
     outline = read_outline(WholeModel(path=str(moved)))
     assert outline.instructions is not None
     assert outline.instructions.length == 16
+
+
+def test_a_stage_encodes_its_samples_with_their_questions(asking: LoadedModel, red_square: bytes) -> None:
+    encode = pickle.loads(pickle.dumps(make_encode(Data.model_validate({"mix": [{"shards": "s"}]}), asking)))
+    conversation = talk("what colour is the square?", red_square)
+    sample, alone = encode(conversation), encoded(asking, conversation)
+    assert encode.measure(replace(conversation, images=(), sizes=((28, 28),)))[0] == sample.length
+    assert sample.instructions is not None
+    assert alone.instructions is not None
+    assert torch.equal(sample.instructions.ids, alone.instructions.ids)
+
+
+def test_cached_features_are_read_with_the_question_too(asking: LoadedModel, red_square: bytes) -> None:
+    batch = batch_of(asking, [[encoded(asking, talk("what colour is the square?", red_square))]])
+    with torch.no_grad():
+        features = asking.model.patches(batch.pixels)
+        cached = replace(batch, pixels=batch.pixels[:0], features=features)
+        assert torch.equal(asking.model(cached), asking.model(batch))
+
+
+def test_a_tokenizer_with_more_tokens_than_the_table_has_rows_is_refused(section: ComposedModel) -> None:
+    assert isinstance(section.connector, QFormerConnector)
+    assert section.connector.instruction is not None
+    few = section.connector.instruction.model_copy(update={"vocabulary": 10})
+    connector = section.connector.model_copy(update={"instruction": few})
+    with pytest.raises(ConfigError, match="has 55 tokens, the Q-Former's table 10 rows; they do not belong together"):
+        build_model(section.model_copy(update={"connector": connector}), dtype=torch.float32, seed=3)
 
 
 def test_two_steps_of_training_lower_the_loss(asking: LoadedModel, red_square: bytes) -> None:

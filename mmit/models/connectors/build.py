@@ -81,7 +81,13 @@ def _qformer(section: QFormerConnector, sizes: _Sizes) -> nn.Module:
     )
     reading = None
     if asked := section.instruction:
-        vocabulary = asked.vocabulary or len(load_tokenizer(asked.tokenizer))
+        known = len(load_tokenizer(asked.tokenizer))
+        vocabulary = asked.vocabulary or known
+        if known > vocabulary:
+            raise ConfigError(
+                f"model.connector.instruction: the tokenizer {asked.tokenizer} has {known} tokens, the Q-Former's "
+                f"table {vocabulary} rows; they do not belong together"
+            )
         reading = Reading(
             tokenizer=asked.tokenizer, length=asked.length, vocabulary=vocabulary, positions=asked.positions
         )
