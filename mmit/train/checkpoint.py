@@ -106,11 +106,11 @@ def _crc(path: Path) -> int:
     return crc
 
 
-def check_continues(found: RunState, wanted: RunState, checkpoint: Path) -> None:
+def check_continues(found: RunState, wanted: RunState, checkpoint: Path, config: RunConfig) -> None:
     """Raise CheckpointError, saying what changed, where a checkpoint belongs to another run than the one asked for."""
     if found.version > VERSION:
         raise CheckpointError(f"{checkpoint}: version {found.version}, this mmit reads up to {VERSION}; update mmit")
-    check_unchanged(found.settings, wanted.settings, what=checkpoint)
+    check_unchanged(found.settings, config, wanted.stage, what=checkpoint)
     remedy = "undo the change, or start again with --fresh"
     same = {
         "plan": "the data changed: shards, lengths, tokenizer or template are not those of before",
@@ -213,7 +213,7 @@ def _remove_old(folder: Path, keep_last: int) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def resume(folder: Path, engine: Engine, wanted: RunState, *, steps: int) -> RunState:
+def resume(folder: Path, engine: Engine, wanted: RunState, *, steps: int, config: RunConfig) -> RunState:
     """The state of the newest checkpoint that is whole, put into the engine; ``wanted`` where there is none.
 
     A damaged checkpoint is set aside, and the one before it is taken; collective. Raises CheckpointError for a
@@ -226,7 +226,7 @@ def resume(folder: Path, engine: Engine, wanted: RunState, *, steps: int) -> Run
         except (CheckpointError, OtherRankFailed) as error:
             _set_aside(checkpoint, error)
             continue
-        check_continues(stored, wanted, checkpoint)
+        check_continues(stored, wanted, checkpoint, config)
         try:
             collectively(lambda at=checkpoint, of=stored: _load(at, engine, of), what=checkpoint)
         except (CheckpointError, OtherRankFailed) as error:

@@ -23,7 +23,7 @@ from typing import Any
 from mmit.config import RunConfig
 from mmit.distributed import logger
 from mmit.errors import EXIT_INTERRUPTED, CheckpointError, ConfigError, Interrupted, TrainingError
-from mmit.train.settings import check_unchanged, deciding_settings
+from mmit.train.settings import check_unchanged
 
 GRACE_SECONDS = 60.0
 """How long ranks may take to save after SIGTERM before they are killed; a second signal cuts it short."""
@@ -59,7 +59,7 @@ def is_complete(config: RunConfig, name: str) -> bool:
     folder = config.stage_folder(name)
     if not (folder / "model" / "mmit.json").is_file():
         return False
-    check_unchanged(_settings_of(folder / "model" / "mmit.json"), deciding_settings(config, name), what=folder)
+    check_unchanged(_settings_of(folder / "model" / "mmit.json"), config, name, what=folder)
     logger.info("stage %s: complete, see %s (--fresh trains it again)", name, folder / "model")
     return True
 

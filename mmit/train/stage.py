@@ -129,7 +129,7 @@ def _make_ready(config: RunConfig, name: str, *, stop: StopRequest) -> _Ready:
     )
     _check_ranks_agree(state)
     engine = _make_engine(stage, loaded, dtype=dtype)
-    state = checkpoint.resume(folder / "checkpoints", engine, state, steps=feed.plan.steps)
+    state = checkpoint.resume(folder / "checkpoints", engine, state, steps=feed.plan.steps, config=config)
     return _Ready(config=config, name=name, loaded=loaded, features=features, feed=feed, engine=engine, state=state)
 
 

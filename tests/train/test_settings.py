@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from mmit.config import RunConfig
 from mmit.config_file import parse
 from mmit.errors import ConfigError
 from mmit.train.settings import check_unchanged, deciding_settings
@@ -24,13 +25,17 @@ stages:
 """
 
 
-def settings(*overrides: str, stage: str = "one") -> dict:
-    return deciding_settings(parse(RUN, source="run.yaml", overrides=list(overrides)), stage)
+def config(*overrides: str) -> RunConfig:
+    return parse(RUN, source="run.yaml", overrides=list(overrides))
+
+
+def settings(*overrides: str) -> dict:
+    return deciding_settings(config(*overrides), "one")
 
 
 @pytest.mark.parametrize("override", ["stages.two.train.connector=1", "stages.one.save.every_steps=7", "output=x"])
 def test_what_does_not_decide_the_weights_of_a_stage_may_change(override: str) -> None:
-    check_unchanged(settings(), settings(override), what=Path("run/one"))
+    check_unchanged(settings(), config(override), "one", what=Path("run/one"))
 
 
 @pytest.mark.parametrize(
@@ -44,5 +49,14 @@ def test_what_does_not_decide_the_weights_of_a_stage_may_change(override: str) -
 )
 def test_what_decides_them_is_named_with_both_values(override: str, told: str) -> None:
     with pytest.raises(ConfigError, match="--fresh") as caught:
-        check_unchanged(settings(), settings(override), what=Path("run/one"))
+        check_unchanged(settings(), config(override), "one", what=Path("run/one"))
     assert told in str(caught.value)
+
+
+def test_a_setting_that_is_newer_than_the_run_may_have_its_default_only() -> None:
+    before = settings()
+    del before["stages.one.data.control"]
+    before["stages.one.zero.stage"] = 3  # once counted as deciding
+    check_unchanged(before, config(), "one", what=Path("run/one"))
+    with pytest.raises(ConfigError, match=r"data\.control was 'not set' and is 'blank_image'"):
+        check_unchanged(before, config("stages.one.data.control=blank_image"), "one", what=Path("run/one"))
