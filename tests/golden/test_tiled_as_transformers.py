@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,23 @@ def test_what_transformers_saved_again_is_read_with_the_same_grids_and_logits(ca
     batch = case.batch([[case.encoded(SAMPLES[0])]])
     with torch.no_grad():
         torch.testing.assert_close(again.model.logits(batch), case.ours.model.logits(batch), rtol=0, atol=1e-6)
+
+
+def test_what_a_config_leaves_out_is_transformers_default_for_its_class(case: Case, tmp_path: Path) -> None:
+    """LLaVA-NeXT reads the layer before the last, OneVision the last."""
+    shutil.copytree(case.directory, tmp_path / "model")
+    (tmp_path / "model/mmit.json").unlink()
+    file = tmp_path / "model/config.json"
+    left_out = ("vision_feature_layer", "vision_feature_select_strategy", "vision_aspect_ratio")
+    config = {name: value for name, value in json.loads(file.read_text()).items() if name not in left_out}
+    file.write_text(json.dumps(config))
+    opened = load_model(tmp_path / "model", dtype=torch.float32)
+    reader: Any = type(case.theirs)
+    theirs = reader.from_pretrained(tmp_path / "model").eval()
+    sizes = SAMPLES[2]  # few tokens: never shrunk
+    with torch.no_grad():
+        mine = opened.model.logits(case.batch([[case.encoded(sizes)]]))
+        torch.testing.assert_close(mine[0], theirs(**case.inputs(sizes)).logits[0], rtol=0, atol=1e-5)
 
 
 def test_the_directory_says_height_first_where_the_model_says_width_first(case: Case) -> None:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
+from torch import nn
 
 from mmit.errors import CheckpointError, ConfigError
 from mmit.images import ImageSpec
@@ -34,6 +35,12 @@ def next_spec(contents: Contents, image: ImageInput, tokens: int) -> ImageSpec:
     """The image spec of ``mmit.json``, or the one of transformers' LLaVA-NeXT."""
     default = [[336 * rows, 336 * columns] for columns, rows in GRIDS["llava_next"]]
     return _spec(contents, image, tokens, default=default, shrink_to=0, several="tiled")
+
+
+def onevision_tower(contents: Contents, dtype: torch.dtype) -> tuple[nn.Module, Json]:
+    """The encoder, by transformers' defaults for this class where ``config.json`` leaves them out."""
+    defaults = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+    return llava.tower(replace(contents, config=defaults | contents.config), dtype)
 
 
 def onevision_spec(contents: Contents, image: ImageInput, tokens: int) -> ImageSpec:
@@ -219,6 +226,7 @@ LLAVA_ONEVISION = replace(
     name="llava_onevision",
     title="LLaVA-OneVision in the layout of transformers",
     recognises=_is("llava_onevision"),
+    tower=onevision_tower,
     spec=onevision_spec,
     write=Writer(
         why_not=why_not_onevision,
