@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,7 +75,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             return _from_sentencepiece(directory)
         raise ConfigError(f"tokenizer '{path}': the directory has neither tokenizer.json nor tokenizer.model")
     try:
-        found = AutoTokenizer.from_pretrained(directory if is_local else str(path), trust_remote_code=False)
+        with _without_remarks():
+            found = AutoTokenizer.from_pretrained(directory if is_local else str(path), trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
         reason = str(error).strip().split("\n")[0]
         where = "" if is_local else " (no local directory of this name; taken for a name on the hub)"
@@ -82,6 +84,19 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     if found is None:
         raise ConfigError(f"tokenizer '{path}': transformers knows no tokenizer for this model")
     return found
+
+
+@contextmanager
+def _without_remarks() -> Generator[None]:
+    """transformers remarks on a config.json that is no class of its own; the tokenizer does not depend on it."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, *, rows: int | None = None) -> PreparedTokenizer:

@@ -144,7 +144,7 @@ def chosen_template(
 ) -> ChatTemplate:
     """The chat template that a run file names, or the directory's own."""
     name = section.template if section.template != "own" else form.template(contents, tokenizer)
-    return ChatTemplate.load(name, tokenizer)
+    return form.adapt_template(contents, ChatTemplate.load(name, tokenizer))
 
 
 def find_model_directory(path: Path | str) -> Path:

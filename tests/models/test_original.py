@@ -17,8 +17,10 @@ from original_factories import hub_tensors, original_config, original_names, wri
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
+from transformers import AutoTokenizer
 
 from mmit.config import ComposedModel, WholeModel
+from mmit.conversation import Conversation, ImageRef, Message
 from mmit.errors import CheckpointError, ConfigError
 from mmit.images import ImageSpec
 from mmit.models import LoadedModel, build_model, load_model, read_outline, save_model
@@ -193,6 +195,26 @@ def test_llava_1_0_has_one_linear_layer(parts: Parts, write: Callable[..., Path]
     del config["mm_projector_type"], config["image_aspect_ratio"]
     (directory / "config.json").write_text(json.dumps(config))
     assert opened(directory).spec.resize == "crop"  # square: as CLIP's own processor does
+
+
+def test_pictures_stand_between_marks_where_llava_1_0_learned_it_so(parts: Parts, tmp_path: Path) -> None:
+    """``mm_use_im_start_end``: two more tokens around each picture, which the tokenizer must know."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(parts.llm)
+    tokenizer.add_tokens(["<im_start>", "<im_end>"], special_tokens=True)
+    rows = {
+        name: torch.cat([parts.language[name], torch.zeros(2, 32)])
+        for name in ("model.embed_tokens.weight", "lm_head.weight")
+    }
+    config = original_config(parts.llm, parts.tower, mm_use_im_start_end=True, vocab_size=len(tokenizer))
+    files = {"pytorch_model.bin": {**parts.language, **rows, **parts.projector}}
+    directory = write_original(tmp_path / "v1_0", config, files, parts.llm)
+    tokenizer.save_pretrained(directory)
+    loaded = opened(directory)
+    talk = Conversation(id="t", messages=(Message(role="user", content=(ImageRef(0), "What?")),), images=(b"",))
+    assert "USER: <im_start><image><im_end>\nWhat? ASSISTANT:" in loaded.template.render(talk, reply=True).text
+    save_model(loaded, None, tmp_path / "saved", made_from={})
+    again = load_model(tmp_path / "saved", dtype=torch.float32)
+    assert again.template.render(talk, reply=True) == loaded.template.render(talk, reply=True)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from mmit.models.formats.contents import Contents, Json
 from mmit.models.loaded import LoadedModel
 from mmit.models.stored import StoredTensors
 from mmit.models.vlm import VisionLanguageModel
+from mmit.templates import ChatTemplate
 from mmit.tokenizer import PreparedTokenizer
 
 
@@ -72,6 +73,11 @@ def the_own_template(_: Contents, __: PreTrainedTokenizerBase) -> str:
     return "own"
 
 
+def as_it_is(_: Contents, template: ChatTemplate) -> ChatTemplate:
+    """The template needs no change."""
+    return template
+
+
 @dataclass(frozen=True, kw_only=True)
 class Format:
     """One layout of model directories. All functions raise CheckpointError that names the file.
@@ -81,7 +87,8 @@ class Format:
     section that describes it. connector: the section that describes it. tokenizer: with ``<image>`` and padding, whose
     image id is the model's. spec: from what the tower takes and the image tokens of a tile. style: how text around
     images is tokenized. tensors: the weights by the names of ``layout.disk_names``, for this tower. template: what
-    ``own`` means for this directory. names_parts: it may name its language model or tower instead of holding it, so
+    ``own`` means for this directory. adapt_template: what its prompts have that no template knows of.
+    names_parts: it may name its language model or tower instead of holding it, so
     that ``base`` and ``tower`` of a run file have a meaning. adds_tokens: its tokenizer knows neither ``<image>`` nor
     padding, so that the token table may have to grow.
     """
@@ -98,6 +105,7 @@ class Format:
     style: Callable[[Contents], Style]
     tensors: Callable[[Contents, nn.Module], StoredTensors]
     template: Callable[[Contents, PreTrainedTokenizerBase], str] = the_own_template
+    adapt_template: Callable[[Contents, ChatTemplate], ChatTemplate] = as_it_is
     names_parts: bool = False
     adds_tokens: bool = False
     write: Writer | None = None

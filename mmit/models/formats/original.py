@@ -7,6 +7,7 @@ tower is named in config.json, and only checkpoints that trained it hold its wei
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +28,11 @@ from mmit.models.formats.original_write import TOWER_FOLDER, WRITER
 from mmit.models.formats.places import local_directory, part_directory
 from mmit.models.layout import disk_names, tensors_of
 from mmit.models.stored import Source, StoredTensors, has_weights, weight_files
-from mmit.tokenizer import PreparedTokenizer, is_single_token, load_tokenizer, prepare_tokenizer
+from mmit.templates import ChatTemplate
+from mmit.tokenizer import IMAGE_TEXT, PreparedTokenizer, is_single_token, load_tokenizer, prepare_tokenizer
+
+IMAGE_MARKS = ("<im_start>", "<im_end>")
+"""What stands around a picture in the prompts of models with ``mm_use_im_start_end``."""
 
 Kind = Literal["whole", "projector", "lora"]
 
@@ -175,6 +180,21 @@ def template(contents: Contents, tokenizer: PreTrainedTokenizerBase) -> str:
     return found
 
 
+def with_image_marks(contents: Contents, template: ChatTemplate) -> ChatTemplate:
+    """The template with ``<im_start>`` and ``<im_end>`` around each picture, where the model was trained so (1.0)."""
+    if not contents.config.get("mm_use_im_start_end") or IMAGE_MARKS[0] in template.jinja:
+        return template
+    plain, marked = f"'{IMAGE_TEXT}'", f"'{IMAGE_MARKS[0]}{IMAGE_TEXT}{IMAGE_MARKS[1]}'"
+    as_text = "{{- content -}}"  # a message that comes as one string
+    if plain not in template.jinja or as_text not in template.jinja:
+        raise CheckpointError(
+            f"{contents.directory}: mm_use_im_start_end: the template {template.name} writes no '{IMAGE_TEXT}' that "
+            "<im_start> and <im_end> could be put around"
+        )
+    marking = f"{{{{- content | replace({plain}, {marked}) -}}}}"
+    return replace(template, jinja=template.jinja.replace(plain, marked).replace(as_text, marking))
+
+
 def tensors(contents: Contents, made: nn.Module) -> StoredTensors:
     """The weights: what was trained counts before the base, and a tower inside before the one that is named."""
     directory, kind = contents.directory, kind_of(contents)
@@ -267,6 +287,7 @@ ORIGINAL = Format(
     style=style,
     tensors=tensors,
     template=template,
+    adapt_template=with_image_marks,
     names_parts=True,
     adds_tokens=True,
     write=WRITER,

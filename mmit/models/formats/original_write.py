@@ -25,6 +25,7 @@ from mmit.models.layout import hub_form
 from mmit.models.loaded import LoadedModel
 from mmit.models.vlm import VisionLanguageModel
 from mmit.tiling import Anyres
+from mmit.tokenizer import IMAGE_TEXT
 
 TOWER_FOLDER = "vision_tower"
 """Folder of a written directory with its tower, where that has no name on the hub."""
@@ -75,7 +76,7 @@ def config(loaded: LoadedModel, dtype: torch.dtype) -> Json:
         # one layer too: the original code calls it mlp1x_gelu, and numbers it like the others
         "mm_projector_type": f"mlp{projector.depth}x_gelu",
         "mm_use_im_patch_token": False,
-        "mm_use_im_start_end": False,
+        "mm_use_im_start_end": f"<im_start>{IMAGE_TEXT}<im_end>" in loaded.template.jinja,
         "mm_vision_select_feature": "patch" if tower.drops_cls else "cls_patch",
         "mm_vision_select_layer": hub_files.feature_layer(tower),
         "mm_vision_tower": _hub_tower(loaded),
