@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from adapter_factories import LLM, adapted
 from model_factories import tiny_model_section
 from PIL import Image
 from transformers import (
@@ -214,3 +215,15 @@ def test_the_directory_says_height_first_where_the_model_says_width_first(case: 
     assert newline is not None
     assert before is not None
     assert torch.equal(newline, before)
+
+
+def test_an_adapter_is_opened_with_its_tiled_model(case: Case, tmp_path: Path) -> None:
+    loaded = adapted(load_model(case.directory, dtype=torch.float32), LLM)
+    save_model(loaded, None, tmp_path / "adapted", made_from={})
+    theirs = KINDS[case.name][2].from_pretrained(tmp_path / "adapted").eval()
+    inputs = case.inputs(SAMPLES[0])
+    with torch.no_grad():
+        got = loaded.model.logits(case.batch([[case.encoded(SAMPLES[0])]]))
+        without = case.theirs(**inputs).logits
+        torch.testing.assert_close(got, theirs(**inputs).logits, rtol=0, atol=2e-5)  # their attention, in fp32
+    assert float((got - without).abs().max()) > 0.1

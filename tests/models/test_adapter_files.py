@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -21,8 +22,9 @@ from transformers.models.auto import auto_factory
 from typer.testing import CliRunner
 
 from mmit.cli import app
-from mmit.config import Lora
+from mmit.config import Lora, WholeModel
 from mmit.errors import CheckpointError, ConfigError
+from mmit.export.export import export
 from mmit.images import normalize
 from mmit.models import Frozen, LoadedModel, begin_adapter, load_model, load_weights, merge_directory, save_model
 from mmit.models.adapters import adapted_layers
@@ -128,6 +130,15 @@ def test_merge_writes_a_plain_model_with_the_adapters_logits(build: Build, tmp_p
         merge_directory(plain, tmp_path / "again")
     with pytest.raises(ConfigError, match="plain exists; give a directory that does not"):
         merge_directory(directory, plain)
+
+
+@pytest.mark.parametrize("to", ["hf", "llava"])
+def test_an_export_has_the_adapter_in_its_weights(build: Build, tmp_path: Path, to: Literal["hf", "llava"]) -> None:
+    loaded = adapted(build("clip_llama"), LLM)
+    directory = saved(loaded, tmp_path / "model")
+    export(WholeModel(path=str(directory)), tmp_path / "out", to=to)
+    opened = load_model(tmp_path / "out", dtype=torch.float32)
+    torch.testing.assert_close(logits(opened), logits(loaded), rtol=0, atol=1e-5)
 
 
 def test_an_adapter_goes_on_in_a_stage_that_asks_for_the_same(

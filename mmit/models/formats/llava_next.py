@@ -17,6 +17,7 @@ from torch import nn
 from mmit.errors import CheckpointError, ConfigError
 from mmit.images import ImageSpec
 from mmit.models import hub_files
+from mmit.models.adapter_names import transformers_name
 from mmit.models.encoders import ImageInput, LayeredTower
 from mmit.models.formats import llava
 from mmit.models.formats.contents import Contents, Json
@@ -217,6 +218,7 @@ LLAVA_NEXT = replace(
         config=next_config,
         files=next_files,
         processor_class="LlavaNextProcessor",
+        module_name=transformers_name,
         opens_as="LlavaNextForConditionalGeneration",
     ),
 )
@@ -233,6 +235,7 @@ LLAVA_ONEVISION = replace(
         config=onevision_config,
         files=onevision_files,
         processor_class="LlavaOnevisionProcessor",
+        module_name=transformers_name,
         opens_as="LlavaOnevisionForConditionalGeneration",
     ),
 )
