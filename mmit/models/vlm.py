@@ -22,7 +22,7 @@ from mmit.models import generation
 from mmit.models.absent import AbsentTower
 from mmit.models.attention import attention_arguments
 from mmit.models.attention_choice import carried_state, packing_fault, set_attention, sliding_window
-from mmit.models.connectors import idle_parameters, reads_instruction
+from mmit.models.connectors import idle_parameters, questions_for
 from mmit.models.head import head_is_plain, labelled_nll
 from mmit.models.language_models import row_parameters, token_table
 from mmit.models.mosaic import lay_out
@@ -119,7 +119,7 @@ class VisionLanguageModel(nn.Module):
         # A rank without images runs one zero tile times 0.0: ranks that skipped the tower would wait for each other.
         given = given if tiles else given.new_zeros((1, *given.shape[1:]))
         patches = self.patches(given) if batch.features is None else given  # (N, P, D_vision)
-        images = self.multi_modal_projector(patches, *self._questions(batch))  # (N, Q, D)
+        images = self.multi_modal_projector(patches, *questions_for(self.multi_modal_projector, batch))  # (N, Q, D)
         plans = batch.plans or (TilePlan(1, images.shape[1]),) * tiles
         expected = sum(plan.tokens for plan in plans)
         if len(places) != expected or tiles != sum(plan.tiles for plan in plans):
@@ -245,22 +245,6 @@ class VisionLanguageModel(nn.Module):
         """Input embeddings (T, D) of one prompt, on the model's device."""
         batch = collate([[prompt]], pad_id=self.image_id, image_size=self.spec.canvas)
         return self.embed(batch.to(next(self.parameters()).device))[0]
-
-    def _questions(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Ids and mask (N, L) of what the tiles' turns ask, for a connector that reads it."""
-        if not reads_instruction(self.multi_modal_projector):
-            return ()
-        if not batch.tiles:  # for the zero tile
-            blank = batch.input_ids.new_zeros((1, 1))
-            return blank, torch.ones_like(blank)
-        asked = batch.instructions
-        if asked is None or asked.ids.shape[0] != batch.tiles:
-            rows = 0 if asked is None else asked.ids.shape[0]
-            raise DataError(
-                f"{batch.tiles} tiles but {rows} instructions, which the connector reads; encode the samples with the "
-                "model's InstructionReader (LoadedModel.instructions)"
-            )
-        return asked.ids, asked.mask
 
     def _attention(self, position_ids: Tensor) -> dict[str, Any]:
         return attention_arguments(position_ids, implementation=self.attention, window=self.window)

@@ -11,6 +11,7 @@ from mmit.models.connectors.interface import (
     idle_parameters,
     instruction_reader,
     keeps_grid,
+    questions_for,
     reads_instruction,
 )
 from mmit.models.connectors.mlp import MlpProjector
@@ -24,5 +25,6 @@ __all__ = [
     "idle_parameters",
     "instruction_reader",
     "keeps_grid",
+    "questions_for",
     "reads_instruction",
 ]

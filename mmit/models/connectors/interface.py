@@ -6,7 +6,8 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from mmit.errors import ConfigError
+from mmit.batch import Batch
+from mmit.errors import ConfigError, DataError
 from mmit.instructions import InstructionReader
 from mmit.tokenizer import load_tokenizer
 
@@ -80,3 +81,23 @@ def instruction_reader(connector: object) -> InstructionReader | None:
             "'instruction_length'"
         )
     return InstructionReader(load_tokenizer(connector.instruction_tokenizer), connector.instruction_length)
+
+
+def questions_for(connector: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
+    """Ids and mask (N, L) of what the tiles' turns ask, to be given to a connector that reads it; nothing for others.
+
+    One padding token where the batch has no tile. Raises DataError for a batch that came without the questions.
+    """
+    if not reads_instruction(connector):
+        return ()
+    if not batch.tiles:
+        blank = batch.input_ids.new_zeros((1, 1))
+        return blank, blank + 1
+    asked = batch.instructions
+    if asked is None or asked.ids.shape[0] != batch.tiles:
+        rows = 0 if asked is None else asked.ids.shape[0]
+        raise DataError(
+            f"{batch.tiles} tiles but {rows} instructions, which the connector reads; encode the samples with the "
+            "model's InstructionReader (LoadedModel.instructions)"
+        )
+    return asked.ids, asked.mask
