@@ -40,9 +40,6 @@ class FeatureWriter:
     def __contains__(self, key: bytes) -> bool:
         return key in self._known
 
-    def __len__(self) -> int:
-        return len(self._known)
-
     def look_around(self) -> None:
         """Learn what other writers have added."""
         for index in index_files(self._folder):

@@ -89,8 +89,8 @@ class Maker:
     device: torch.device
     workers: int
 
-    def make(self, plan: Plan, places: np.ndarray, *, check_stop: Callable[[], None], progress: bool) -> int:
-        """Add the features of the pictures of these samples that are not in the folder yet; how many were added.
+    def make(self, plan: Plan, places: np.ndarray, *, check_stop: Callable[[], None], progress: bool) -> None:
+        """Add the features of the pictures of these samples that are not in the folder yet.
 
         check_stop: called between passes of the tower; may raise to end the work, what is done stays.
         Raises DataError where shards cannot be read or the folder cannot be written.
@@ -103,12 +103,12 @@ class Maker:
             closing(made_ahead(reader, workers=self.workers, ahead=8)) as found,
             closing(_with_bar(found, len(places), shown=progress)) as samples,
         ):
-            return self._write(samples, tower, writer, check_stop)
+            self._write(samples, tower, writer, check_stop)
 
     def _write(
         self, samples: Generator[_Found], tower: nn.Module, writer: FeatureWriter, check_stop: Callable[[], None]
-    ) -> int:
-        before, passes = len(writer), 0
+    ) -> None:
+        passes = 0
         waiting: dict[bytes, Tensor] = {}
         for found in samples:
             if found.failure:
@@ -124,7 +124,6 @@ class Maker:
                     writer.look_around()
         if waiting:
             self._see(waiting, tower, writer)
-        return len(writer) - before
 
     @torch.no_grad()
     def _see(self, waiting: dict[bytes, Tensor], tower: nn.Module, writer: FeatureWriter) -> None:

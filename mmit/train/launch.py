@@ -43,7 +43,7 @@ def run_stages(
     Raises Interrupted where a stage was asked to stop, TrainingError where it failed.
     """
     for name in stages:
-        if is_complete(config, name) and not fresh:
+        if not fresh and is_complete(config, name):
             continue
         count = ranks or local_ranks(config)
         threads = config.launch.threads_per_rank or max(1, (os.cpu_count() or 1) // count)

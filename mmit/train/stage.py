@@ -44,7 +44,7 @@ def train_stage(config: RunConfig, name: str, *, fresh: bool = False) -> Path:
             "a stage is trained by ranks: start it with `mmit train`, `deepspeed --module mmit train` or torchrun"
         )
     prepare_process()
-    if is_complete(config, name) and not fresh:
+    if not fresh and is_complete(config, name):
         return config.stage_folder(name) / "model"
     from mmit.train.engine import init_process_group
     from mmit.train.loop import StopRequest
