@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from model_factories import tiny_model_section
 from safetensors.torch import load_file
 from torch import Tensor
+
+from mmit.config import ComposedModel, WholeModel
+from mmit.models import LoadedModel, build_model, load_model, save_model
+
+Tensors = dict[str, Tensor]
 
 PROJECTOR = {"linear_1": "model.mm_projector.0", "linear_2": "model.mm_projector.2"}
 
 
-def original_names(hub: dict[str, Tensor]) -> dict[str, Tensor]:
+def original_names(hub: Tensors) -> Tensors:
     """Tensors of a LLaVA model of the hub under the names of the original code; the tower is left out."""
-    named: dict[str, Tensor] = {}
+    named: Tensors = {}
     for name, tensor in hub.items():
         part, _, rest = name.partition(".")
         if part == "language_model":
@@ -56,7 +63,7 @@ def copy_tokenizer(llm: Path, directory: Path) -> None:
             shutil.copyfile(llm / name, directory / name)
 
 
-def write_original(directory: Path, config: dict[str, Any], files: dict[str, dict[str, Tensor]], llm: Path) -> Path:
+def write_original(directory: Path, config: dict[str, Any], files: dict[str, Tensors], llm: Path) -> Path:
     """A directory of pickled files; several files of a whole model get an index."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config))
@@ -70,6 +77,33 @@ def write_original(directory: Path, config: dict[str, Any], files: dict[str, dic
     return directory
 
 
-def hub_tensors(directory: Path) -> dict[str, Tensor]:
+def hub_tensors(directory: Path) -> Tensors:
     """The tensors of a directory in the layout of the hub."""
     return load_file(directory / "model.safetensors")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A model composed of an LLM, a tower and a projector; where they lie, and their tensors by the original names."""
+
+    composed: LoadedModel
+    llm: Path
+    tower: Path
+    language: Tensors
+    projector: Tensors
+
+
+def make_parts(folder: Path) -> Parts:
+    """Tiny parts in ``folder``, and the model that they make."""
+    section = ComposedModel.model_validate(tiny_model_section(folder))
+    composed = build_model(section, dtype=torch.float32, seed=7)
+    save_model(composed, None, folder / "hub", made_from={})
+    named = original_names(hub_tensors(folder / "hub"))
+    projector = {name: tensor for name, tensor in named.items() if "mm_projector" in name}
+    llm = folder / "llama"
+    return Parts(composed, llm, folder / "clip", load_file(llm / "model.safetensors"), projector)
+
+
+def opened(path: Path, **section: Any) -> LoadedModel:
+    """The model of a directory, with ``base``, ``tower`` or ``template``."""
+    return load_model(WholeModel(path=str(path), **section), dtype=torch.float32)

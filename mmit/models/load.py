@@ -122,6 +122,11 @@ def load_weights(model: VisionLanguageModel, path: Path | str, *, adapter: Adapt
     directory = find_model_directory(path)
     contents = read_contents(directory)
     form = detect(contents)
+    if form.names_parts:
+        raise CheckpointError(
+            f"{directory} is {form.title}, whose rows for <image> and padding are added when it is opened; give it as "
+            "model.path (with base and tower where it needs them), not as init_from"
+        )
     tower = frame_of(model.vision_tower)
     _check_reading(contents, tower)
     with placed(model.placement), form.tensors(contents, tower) as stored:

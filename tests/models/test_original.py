@@ -5,51 +5,31 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from model_factories import tiny_model_section
 from models_support import batch_of, sample
-from original_factories import hub_tensors, original_config, original_names, write_original
-from safetensors.torch import load_file, save_file
+from original_factories import Parts, Tensors, make_parts, opened, original_config, write_original
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
-from mmit.config import ComposedModel, WholeModel
+from mmit.cli import app
+from mmit.config import WholeModel
 from mmit.conversation import Conversation, ImageRef, Message
 from mmit.errors import CheckpointError, ConfigError
 from mmit.images import ImageSpec
-from mmit.models import LoadedModel, build_model, load_model, read_outline, save_model
+from mmit.models import LoadedModel, load_model, load_weights, read_outline, save_model
 from mmit.tiling import Anyres
-
-Tensors = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Parts:
-    """A model composed of an LLM, a tower and a projector; where they lie, and their tensors by the original names."""
-
-    composed: LoadedModel
-    llm: Path
-    tower: Path
-    language: Tensors
-    projector: Tensors
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
-    folder = tmp_path_factory.mktemp("original")
-    section = ComposedModel.model_validate(tiny_model_section(folder))
-    composed = build_model(section, dtype=torch.float32, seed=7)
-    save_model(composed, None, folder / "hub", made_from={})
-    named = original_names(hub_tensors(folder / "hub"))
-    projector = {name: tensor for name, tensor in named.items() if "mm_projector" in name}
-    llm = folder / "llama"
-    return Parts(composed, llm, folder / "clip", load_file(llm / "model.safetensors"), projector)
+    return make_parts(tmp_path_factory.mktemp("original"))
 
 
 @pytest.fixture
@@ -69,10 +49,6 @@ def write(parts: Parts, tmp_path: Path) -> Callable[..., Path]:
 def logits(loaded: LoadedModel) -> Tensor:
     with torch.no_grad():
         return loaded.model.logits(batch_of(loaded, [[sample(loaded, text=range(40, 50), images=2, trained=3)]]))
-
-
-def opened(path: Path, **section: Any) -> LoadedModel:
-    return load_model(WholeModel(path=str(path), **section), dtype=torch.float32)
 
 
 def test_a_whole_directory_is_the_model_of_its_parts(parts: Parts, write: Callable[..., Path]) -> None:
@@ -119,58 +95,6 @@ def test_a_projector_takes_its_language_model_from_base(parts: Parts, tmp_path: 
     outline = read_outline(WholeModel(path=str(directory), **section))
     assert (outline.spec, outline.image_id, outline.style) == (loaded.spec, loaded.image_id, "llava")
     assert outline.template == loaded.template
-
-
-LORA = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]}
-
-
-def write_lora(parts: Parts, directory: Path, **changes: Any) -> tuple[Path, Tensors]:
-    """An adapter of rank 2 with ``non_lora_trainables.bin``, and the deltas that it amounts to: 3 B A."""
-    generator = torch.Generator().manual_seed(0)
-    adapter, deltas = {}, {}
-    for name in ("model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj"):
-        out, width = parts.language[f"{name}.weight"].shape
-        a, b = torch.randn(2, width, generator=generator), torch.randn(out, 2, generator=generator)
-        adapter[f"base_model.model.{name}.lora_A.weight"] = a
-        adapter[f"base_model.model.{name}.lora_B.weight"] = b
-        deltas[f"language_model.{name}.weight"] = 3.0 * b @ a
-    trained = {f"base_model.model.{name}": tensor for name, tensor in parts.projector.items()}
-    files = {"adapter_model.bin": adapter, "non_lora_trainables.bin": trained}
-    write_original(directory, original_config(parts.llm, parts.tower), files, parts.llm)
-    (directory / "adapter_config.json").write_text(json.dumps({**LORA, **changes}))
-    return directory, deltas
-
-
-def test_lora_is_folded_into_its_base(parts: Parts, tmp_path: Path) -> None:
-    directory, deltas = write_lora(parts, tmp_path / "lora", base_model_name_or_path=str(parts.llm))
-    state = opened(directory).model.state_dict()  # the base is named by the adapter, and lies on this machine
-    for name, tensor in parts.composed.model.state_dict().items():
-        expected = tensor + deltas[name] if name in deltas else tensor
-        torch.testing.assert_close(state[name], expected, rtol=0, atol=4e-6)  # roundings of fp32 sums up to 20
-    assert len(deltas) == 2
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"use_dora": True}, "use_dora: DoRA cannot be folded in"),
-        ({"peft_type": "IA3"}, "holds an adapter of type IA3; LoRA can be read"),
-    ],
-)
-def test_another_adapter_is_refused(parts: Parts, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    directory, _ = write_lora(parts, tmp_path / "lora", **changes)
-    with pytest.raises(CheckpointError, match=message):
-        opened(directory, base=str(parts.llm))
-
-
-def test_an_adapter_of_another_base_is_refused(parts: Parts, tmp_path: Path) -> None:
-    directory, _ = write_lora(parts, tmp_path / "lora")
-    file = directory / "adapter_model.bin"
-    torch.save({name: tensor[:, :1] if "_A" in name else tensor for name, tensor in torch.load(file).items()}, file)
-    with pytest.raises(
-        CheckpointError, match=r"the adapter of language_model.* makes \[.*give the model it was trained"
-    ):
-        opened(directory, base=str(parts.llm))
 
 
 def test_weights_of_the_tower_inside_count_before_those_it_names(parts: Parts, write: Callable[..., Path]) -> None:
@@ -260,6 +184,20 @@ def test_the_vocabulary_survives_saving(write: Callable[..., Path], tmp_path: Pa
     again = load_model(tmp_path / "saved", dtype=torch.float32)
     assert again.model.vocabulary == loaded.model.vocabulary is not None
     assert (again.style, again.template) == (loaded.style, loaded.template)
+
+
+def test_such_a_directory_is_opened_and_not_poured_into_another_model(parts: Parts, write: Callable[..., Path]) -> None:
+    with pytest.raises(CheckpointError, match=r"give it as model\.path .*, not as init_from"):
+        load_weights(parts.composed.model, write())
+
+
+def test_the_command_line_names_base_and_tower(parts: Parts, tmp_path: Path) -> None:
+    config = original_config(parts.llm, "openai/a-tower-that-is-not-here")
+    directory = write_original(tmp_path / "stage1", config, {"mm_projector.bin": parts.projector}, parts.llm)
+    asked = ["chat", str(directory), "--prompt", "Hello", "--max-new-tokens", "2", "--template", "llama2"]
+    result = CliRunner().invoke(app, [*asked, "--base", str(parts.llm), "--tower", str(parts.tower)])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.strip()
 
 
 @pytest.mark.parametrize(
