@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import TypeAdapter
@@ -113,11 +114,18 @@ def load_model(
     )
 
 
-def load_weights(model: VisionLanguageModel, path: Path | str, *, adapter: Adapter = "merge") -> None:
+def load_weights(
+    model: VisionLanguageModel,
+    path: Path | str,
+    *,
+    adapter: Adapter = "merge",
+    connector: Mapping[str, Any] | None = None,
+) -> None:
     """Fill a built model with the weights of a model directory (or a stage's folder).
 
     A model that cuts pictures into tiles may start from one that does not; its newline token stays as it was drawn.
-    Raises CheckpointError where tensors or the way the encoder is read differ.
+    connector: the section of the model's connector, held against the directory's, since not all of it shows in shapes.
+    Raises CheckpointError where tensors, the connector, or the way the encoder is read differ.
     """
     directory = find_model_directory(path)
     contents = read_contents(directory)
@@ -129,12 +137,26 @@ def load_weights(model: VisionLanguageModel, path: Path | str, *, adapter: Adapt
         )
     tower = frame_of(model.vision_tower)
     _check_reading(contents, tower)
+    _check_connector(contents, connector)
     with placed(model.placement), form.tensors(contents, tower) as stored:
         stays = model.image_newline is not None and NEWLINE not in stored.shapes and not _unpads(contents, form, model)
         if stays:
             logger.info("%s has no %s, as it does not unpad pictures: the fresh one stays", directory, NEWLINE)
         read_into(model, stored, may_lack=(NEWLINE,) if stays else ())
     _take_adapter(model, directory, adapter)
+
+
+def _check_connector(contents: Contents, connector: Mapping[str, Any] | None) -> None:
+    there = contents.own.get("connector")
+    if connector is None or not isinstance(there, dict):
+        return
+    ways = ("pretrained", "dropout")  # where weights come from, and what only training does
+    differ = [key for key in there if key not in ways and key in connector and there[key] != connector[key]]
+    if differ:
+        told = "; ".join(f"{key} {there[key]!r}, here {connector[key]!r}" for key in differ[:3])
+        raise CheckpointError(
+            f"{contents.directory} has another connector than the run file: {told}; make model.connector the same"
+        )
 
 
 def open_section(section: WholeModel) -> tuple[Contents, Format]:

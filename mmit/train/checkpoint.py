@@ -126,17 +126,19 @@ def check_continues(found: RunState, wanted: RunState, checkpoint: Path, config:
             raise CheckpointError(f"{checkpoint}: cannot be continued: {change}; {remedy}")
 
 
-def save(folder: Path, engine: Engine, state: RunState, *, write_model: Callable[[Path], None], keep_last: int) -> Path:
+def save(
+    folder: Path, engine: Engine, state: RunState, *, write_model: Callable[[Path, Path], None], keep_last: int
+) -> Path:
     """Write a checkpoint of all ranks and remove the oldest ones beyond ``keep_last``; collective.
 
-    write_model: called on every rank with the directory to write; writes on rank 0.
+    write_model: called on every rank with the directory to write and the one it will be; writes on rank 0.
     Raises CheckpointError where a rank could not write; what was complete before stays.
     """
     final = folder / f"step-{state.step:06d}"
     partial = folder / f".step-{state.step:06d}.partial"
 
     def write() -> None:
-        write_model(partial / "model")
+        write_model(partial / "model", final / "model")
         engine_state.save(engine, partial / "engine")
         if rank() == 0:
             (partial / "state.json").write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 import torch
 from transformers.utils.logging import disable_progress_bar
@@ -22,10 +22,10 @@ from mmit.distributed import is_launched, logger, rank, ranks_that_differ, set_u
 from mmit.errors import ConfigError, Interrupted, TrainingError
 from mmit.train.launch import end_with_launcher, is_complete
 from mmit.train.settings import deciding_settings
+from mmit.train.stage_parts import attend, build, make_engine
 
 if TYPE_CHECKING:
     from mmit.models import LoadedModel
-    from mmit.models.absent import AbsentTower
     from mmit.train.checkpoint import RunState
     from mmit.train.engine import Engine
     from mmit.train.features import StageFeatures
@@ -115,8 +115,8 @@ def _make_ready(config: RunConfig, name: str, *, stop: StopRequest) -> _Ready:
     stage, folder = config.stages[name], config.stage_folder(name)
     dtype = resolve_precision(config.precision)
     features = stage_features(config, name, dtype=dtype, stop=stop)
-    loaded = _build(config, name, dtype=dtype, tower=None if features is None else features.tower)
-    _attend(loaded, config.stages[name], name)
+    loaded = build(config, name, dtype=dtype, tower=None if features is None else features.tower)
+    attend(loaded, config.stages[name], name)
     feed = make_feed(config, stage, loaded, features)
     state = checkpoint.RunState(
         step=0,
@@ -128,7 +128,7 @@ def _make_ready(config: RunConfig, name: str, *, stop: StopRequest) -> _Ready:
         settings=deciding_settings(config, name),
     )
     _check_ranks_agree(state)
-    engine = _make_engine(stage, loaded, dtype=dtype)
+    engine = make_engine(stage, loaded, dtype=dtype)
     state = checkpoint.resume(folder / "checkpoints", engine, state, steps=feed.plan.steps, config=config)
     return _Ready(config=config, name=name, loaded=loaded, features=features, feed=feed, engine=engine, state=state)
 
@@ -230,76 +230,6 @@ def _open_folder(folder: Path, *, fresh: bool) -> IO[str]:
     return lock
 
 
-def _build(config: RunConfig, name: str, *, dtype: torch.dtype, tower: AbsentTower | None) -> LoadedModel:
-    """The model of a stage: from its parts, from a stage before it, or from a directory; the same on every rank."""
-    from mmit.config import WholeModel
-    from mmit.models import build_model, find_model_directory, holds_adapter, load_weights
-    from mmit.models.placement import WHOLE, placed
-    from mmit.train.origin import start_directory
-    from mmit.train.partition import Partitioned
-
-    stage = config.stages[name]
-    with placed(Partitioned(_engine_settings(stage, dtype)) if stage.zero.stage == 3 else WHOLE):
-        loaded = build_model(config.model, dtype=dtype, seed=config.seed, adapter="drop", tower=tower)
-    directory = start_directory(config, name)
-    if directory is not None:
-        load_weights(loaded.model, directory, adapter="drop")
-        logger.info("weights from %s", directory)
-    elif isinstance(config.model, WholeModel):
-        directory = find_model_directory(config.model.path)
-    if stage.lora is not None or (directory is not None and holds_adapter(directory)):
-        from mmit.models import begin_adapter
-
-        begin_adapter(loaded.model, stage.lora, directory, seed=config.seed)
-    return loaded
-
-
-def _attend(loaded: LoadedModel, stage: Stage, name: str) -> None:
-    """Give the language model the attention of the stage, and refuse packing where it would mix samples."""
-    from mmit.train.engine import device
-
-    model = loaded.model
-    if stage.attention != "auto":
-        model.to(device())  # where it is tried, and stays
-        model.use_attention(stage.attention)
-    if stage.batch.packing and model.packing_fault:
-        raise ConfigError(
-            f"stages.{name}.batch.packing: {model.packing_fault}; set it to false, so that every row is one sample"
-        )
-
-
-def _make_engine(stage: Stage, loaded: LoadedModel, *, dtype: torch.dtype) -> Engine:
-    from mmit.train.engine import Engine, device
-    from mmit.train.optim import adamw, parameter_groups
-    from mmit.train.trained import table
-
-    model = loaded.model
-    groups = model.train_only(stage.train)
-    if stage.activation_checkpointing:
-        model.enable_activation_checkpointing()
-    logger.info("%s", table(model, groups))
-    model.to(device())
-    optimizer = adamw(
-        parameter_groups(model, groups, weight_decay=stage.optim.weight_decay),
-        betas=stage.optim.betas,
-        eps=stage.optim.eps,
-    )
-    return Engine(model, optimizer, _engine_settings(stage, dtype), dtype=dtype)
-
-
-def _engine_settings(stage: Stage, dtype: torch.dtype) -> dict[str, Any]:
-    from mmit.train.engine import accumulation, deepspeed_config
-
-    rows = stage.batch.rows_per_micro_batch
-    return deepspeed_config(
-        stage.zero,
-        dtype=dtype,
-        rows_per_micro_batch=rows,
-        micro_batches=accumulation(rows_per_step=stage.batch.rows_per_step, rows_per_micro_batch=rows),
-        clip_norm=stage.optim.clip_norm,
-    )
-
-
 def _announce(config: RunConfig, name: str, feed: Feed) -> None:
     from mmit.train.engine import accumulation
 
@@ -330,10 +260,10 @@ def _announce(config: RunConfig, name: str, feed: Feed) -> None:
         )
 
 
-def _finish(folder: Path, write_model: Callable[[Path], None], features: StageFeatures | None) -> Path:
+def _finish(folder: Path, write_model: Callable[[Path, Path], None], features: StageFeatures | None) -> Path:
     from mmit.train import checkpoint
 
-    checkpoint.collectively(lambda: write_model(folder / "model"), what=folder / "model")
+    checkpoint.collectively(lambda: write_model(folder / "model", folder / "model"), what=folder / "model")
     if features is not None and rank() == 0:
         features.file.unlink(missing_ok=True)
     logger.info("saved %s", folder / "model")

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mmit.config import ComposedModel
 from mmit.errors import CheckpointError
-from mmit.models import LoadedModel, load_model, load_weights, save_model
+from mmit.models import LoadedModel, build_model, load_model, load_weights, save_model
 
 Build = Callable[..., LoadedModel]
 Change = Callable[[dict[str, Tensor]], None]
@@ -220,3 +221,18 @@ def test_damaged_and_newer_descriptions_are_named(directory: Path) -> None:
     (directory / "preprocessor_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"lacks preprocessor_config\.json"):
         load_model(directory, dtype=torch.float32)
+
+
+def test_a_connector_that_is_set_otherwise_is_refused_although_every_shape_fits(
+    sections: dict[str, ComposedModel], tmp_path: Path
+) -> None:
+    perceiver = {"type": "perceiver_resampler", "tokens": 3, "depth": 1, "heads": 2, "head_width": 4}
+    content = sections["clip_llama"].model_dump() | {"connector": perceiver}
+    save_model(composed(content), None, tmp_path / "two-heads", made_from={})
+    other = composed(content | {"connector": perceiver | {"heads": 4, "head_width": 2}})
+    with pytest.raises(CheckpointError, match="another connector than the run file: heads 2, here 4; head_width 4"):
+        load_weights(other.model, tmp_path / "two-heads", connector=other.connector)
+
+
+def composed(content: dict) -> LoadedModel:
+    return build_model(ComposedModel.model_validate(content), dtype=torch.float32, seed=0)

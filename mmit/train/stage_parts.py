@@ -1,0 +1,87 @@
+"""The model and the engine of a stage: built, filled with the weights it starts from, and given to DeepSpeed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mmit.config import RunConfig, Stage
+from mmit.distributed import logger
+from mmit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mmit.models import LoadedModel
+    from mmit.models.absent import AbsentTower
+    from mmit.train.engine import Engine
+
+
+def build(config: RunConfig, name: str, *, dtype: torch.dtype, tower: AbsentTower | None) -> LoadedModel:
+    """The model of a stage: from its parts, from a stage before it, or from a directory; the same on every rank."""
+    from mmit.config import WholeModel
+    from mmit.models import build_model, find_model_directory, holds_adapter, load_weights
+    from mmit.models.placement import WHOLE, placed
+    from mmit.train.origin import start_directory
+    from mmit.train.partition import Partitioned
+
+    stage = config.stages[name]
+    with placed(Partitioned(_engine_settings(stage, dtype)) if stage.zero.stage == 3 else WHOLE):
+        loaded = build_model(config.model, dtype=dtype, seed=config.seed, adapter="drop", tower=tower)
+    directory = start_directory(config, name)
+    if directory is not None:
+        load_weights(loaded.model, directory, adapter="drop", connector=loaded.connector)
+        logger.info("weights from %s", directory)
+    elif isinstance(config.model, WholeModel):
+        directory = find_model_directory(config.model.path)
+    if stage.lora is not None or (directory is not None and holds_adapter(directory)):
+        from mmit.models import begin_adapter
+
+        begin_adapter(loaded.model, stage.lora, directory, seed=config.seed)
+    return loaded
+
+
+def attend(loaded: LoadedModel, stage: Stage, name: str) -> None:
+    """Give the language model the attention of the stage, and refuse packing where it would mix samples."""
+    from mmit.train.engine import device
+
+    model = loaded.model
+    if stage.attention != "auto":
+        model.to(device())  # where it is tried, and stays
+        model.use_attention(stage.attention)
+    if stage.batch.packing and model.packing_fault:
+        raise ConfigError(
+            f"stages.{name}.batch.packing: {model.packing_fault}; set it to false, so that every row is one sample"
+        )
+
+
+def make_engine(stage: Stage, loaded: LoadedModel, *, dtype: torch.dtype) -> Engine:
+    """DeepSpeed's engine around the model, with what the stage trains made trainable."""
+    from mmit.train.engine import Engine, device
+    from mmit.train.optim import adamw, parameter_groups
+    from mmit.train.trained import table
+
+    model = loaded.model
+    groups = model.train_only(stage.train)
+    if stage.activation_checkpointing:
+        model.enable_activation_checkpointing()
+    logger.info("%s", table(model, groups))
+    model.to(device())
+    optimizer = adamw(
+        parameter_groups(model, groups, weight_decay=stage.optim.weight_decay),
+        betas=stage.optim.betas,
+        eps=stage.optim.eps,
+    )
+    return Engine(model, optimizer, _engine_settings(stage, dtype), dtype=dtype)
+
+
+def _engine_settings(stage: Stage, dtype: torch.dtype) -> dict[str, Any]:
+    from mmit.train.engine import accumulation, deepspeed_config
+
+    rows = stage.batch.rows_per_micro_batch
+    return deepspeed_config(
+        stage.zero,
+        dtype=dtype,
+        rows_per_micro_batch=rows,
+        micro_batches=accumulation(rows_per_step=stage.batch.rows_per_step, rows_per_micro_batch=rows),
+        clip_norm=stage.optim.clip_norm,
+    )
