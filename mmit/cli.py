@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from mmit import __version__, cli_data, cli_machine, cli_models
+from mmit import __version__, cli_data, cli_machine, cli_models, cli_runs
 from mmit.cli_models import Base, ModelDirectory, Template, Tower, whole_model
 from mmit.errors import ConfigError, MmitError, OtherRankFailed
 
@@ -29,6 +29,8 @@ app.command("export")(cli_models.export)
 app.command("doctor")(cli_machine.doctor)
 app.command("launch")(cli_machine.launch)
 app.command("inspect")(cli_models.inspect)
+app.command("report")(cli_runs.report)
+app.command("diff")(cli_runs.diff)
 
 RunFile = Annotated[Path, typer.Argument(metavar="FILE", help="The run file (YAML).")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Changes to the run file.")]

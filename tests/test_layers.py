@@ -36,6 +36,7 @@ LAYERS = {
     "cli_data": 6,
     "cli_machine": 6,
     "cli_models": 6,
+    "cli_runs": 6,
     "__main__": 7,
 }
 

@@ -60,7 +60,7 @@ def summarize(plan: Plan, *, length: int, world: int = 1, rows_per_micro_batch: 
     computed = _computed(_of_rows(tokens, dealt), rows_per_micro_batch)
     real = int(tokens.sum())
     return Summary(
-        sources=_shares(plan),
+        sources=shares_of(plan),
         steps=plan.steps,
         rows=plan.rows,
         text_rows=int(np.count_nonzero((tokens.reshape(-1) > 0) & (plan.tiles[:row_places] == 0))),
@@ -97,7 +97,8 @@ def summary_table(summary: Summary) -> Table:
     return table
 
 
-def _shares(plan: Plan) -> tuple[SourceShare, ...]:
+def shares_of(plan: Plan) -> tuple[SourceShare, ...]:
+    """What each data set of a plan contributes."""
     source_of = plan.source_of[: plan.samples]
     sample_of = plan.sample_of[: plan.samples]
     shares = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import resource
 from typing import Any
 
 import deepspeed
@@ -33,6 +34,13 @@ OWNED = (
 def device() -> torch.device:
     """The device of this rank."""
     return torch.device(get_accelerator().current_device_name())
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has held so far: on its device, or in all where it has none."""
+    if get_accelerator().device_name() == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    return int(get_accelerator().max_memory_allocated())
 
 
 def take_device() -> None:

@@ -20,7 +20,7 @@ import torch
 
 from mmit.distributed import all_reduce_sum, logger, rank, world_size
 from mmit.errors import TrainingError
-from mmit.train.engine import Engine, device
+from mmit.train.engine import Engine, device, peak_memory
 from mmit.train.metrics import Recorder, StepRecord
 from mmit.train.optim import LearningRate
 from mmit.train.watchdog import COMPUTING, READING, SAVING, WAITING, Watchdog
@@ -148,6 +148,7 @@ def train_steps(
                     samples_digest=counts.digest,
                     seconds=time.perf_counter() - started,
                     wait_seconds=wait,
+                    memory_bytes=peak_memory(),
                     loss_by_source=by_source,
                 )
             )

@@ -7,10 +7,10 @@ import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-from xml.sax.saxutils import escape
 
 from mmit.distributed import logger
 from mmit.errors import MissingExtra
+from mmit.train.curves import line_chart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +22,7 @@ class StepRecord:
     seconds, wait_seconds: wall clock of the step, and the part of it spent waiting for data (rank 0).
     loss_by_source: the loss over the trained tokens of each source that has any, where ``log.by_source`` asks for it.
     skipped, skipped_in_all: broken samples of the step, and of all steps so far.
+    memory_bytes: the most that rank 0 has held so far: on its device, or in all where there is none.
     samples_digest: sum of 64-bit hashes of the sample ids, modulo 2**63: equal where the same samples were seen.
     """
 
@@ -38,6 +39,7 @@ class StepRecord:
     samples_digest: int
     seconds: float
     wait_seconds: float
+    memory_bytes: int = 0
     loss_by_source: dict[str, float] = field(default_factory=dict)
 
 
@@ -106,7 +108,7 @@ class Recorder:
     def draw(self) -> None:
         """Write the loss curve."""
         temporary = self._curve.with_suffix(".tmp")
-        temporary.write_text(loss_svg(self._losses), encoding="utf-8")
+        temporary.write_text(line_chart({"loss": self._losses}, title="loss"), encoding="utf-8")
         os.replace(temporary, self._curve)
 
     def close(self) -> None:
@@ -116,43 +118,6 @@ class Recorder:
         self._file.close()
         if self._board is not None:
             self._board.close()
-
-
-def loss_svg(points: list[tuple[int, float]], *, title: str = "loss", width: int = 720, height: int = 320) -> str:
-    """A line chart of (step, loss) as SVG text; the thick line is a running mean over a fiftieth of the points."""
-    left, top, right, bottom = 56, 28, width - 16, height - 36
-    steps = [step for step, _ in points]
-    losses = [loss for _, loss in points]
-    low, high = min(losses), max(losses)
-    span_x, span_y = max(1, steps[-1] - steps[0]), (high - low) or 1.0
-
-    def at(step: float, loss: float) -> str:
-        x = left + (step - steps[0]) / span_x * (right - left)
-        y = bottom - (loss - low) / span_y * (bottom - top)
-        return f"{x:.1f},{y:.1f}"
-
-    window = max(1, len(points) // 50)
-    smooth = [sum(losses[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(losses))]
-    grid = []
-    for k in range(5):
-        value = low + span_y * k / 4
-        y = bottom - (bottom - top) * k / 4
-        grid.append(f'<line x1="{left}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}" stroke="#ddd"/>')
-        grid.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-            'font-family="sans-serif" font-size="12" fill="#333">',
-            f'<rect width="{width}" height="{height}" fill="white"/>',
-            f'<text x="{left}" y="18" font-weight="bold">{escape(title)}</text>',
-            *grid,
-            f'<text x="{left}" y="{height - 12}">step {steps[0]}</text>',
-            f'<text x="{right}" y="{height - 12}" text-anchor="end">{steps[-1]}</text>',
-            f'<polyline fill="none" stroke="#9ecae1" stroke-width="1" points="{" ".join(map(at, steps, losses))}"/>',
-            f'<polyline fill="none" stroke="#08519c" stroke-width="2" points="{" ".join(map(at, steps, smooth))}"/>',
-            "</svg>\n",
-        ]
-    )
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

@@ -151,12 +151,15 @@ def _run(ready: _Ready, *, stop: StopRequest) -> Path:
     from mmit.train.metrics import Recorder
     from mmit.train.model_writer import model_writer
     from mmit.train.optim import LearningRate
+    from mmit.train.run_files import write_facts
     from mmit.train.skipped import SkippedRecord
     from mmit.train.trained import FirstStepCheck
     from mmit.train.watchdog import Watchdog
 
     stage, folder, state, steps = ready.stage, ready.folder, ready.state, ready.feed.plan.steps
     made_from = checkpoint.facts(ready.config, stage=ready.name, plan=ready.feed.plan.fingerprint)
+    if rank() == 0:
+        write_facts(folder, made_from, ready.feed.plan)
     skipped = SkippedRecord(folder, ready.feed.plan, state, max_skipped=stage.data.max_skipped)
     saved = folder / "checkpoints"
     write_model = model_writer(ready.engine, ready.loaded, lambda: made_from | skipped.facts(), ready.features, saved)

@@ -4,7 +4,8 @@ import json
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-from mmit.train.metrics import Recorder, StepRecord, loss_svg
+from mmit.train.curves import line_chart
+from mmit.train.metrics import Recorder, StepRecord
 
 
 def record(step: int, loss: float) -> StepRecord:
@@ -64,7 +65,7 @@ def test_the_curve_is_svg_with_a_point_per_step(tmp_path: Path) -> None:
 
 def test_a_falling_loss_is_drawn_from_top_left_to_bottom_right() -> None:
     points = (
-        ET.fromstring(loss_svg([(1, 4.0), (2, 1.0)]))
+        ET.fromstring(line_chart({"loss": [(1, 4.0), (2, 1.0)]}, title="loss"))
         .findall("{http://www.w3.org/2000/svg}polyline")[0]
         .attrib["points"]
     )
