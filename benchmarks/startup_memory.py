@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 RANKS = 2
@@ -82,8 +83,6 @@ def _measure(folder: Path, way: str) -> list[int]:
         port = str(probe.getsockname()[1])
     common = {**os.environ, "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     common |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    # glibc raises this by itself and then keeps the holes that freed tensors leave: 1.4 to 1.8 of the model
-    common |= {"MALLOC_MMAP_THRESHOLD_": "262144"}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-W", "ignore", __file__, str(folder), way],
@@ -102,6 +101,7 @@ def _rank(folder: Path, way: str) -> None:
     from mmit.config import ComposedModel, WholeModel, Zero
     from mmit.models import build_model
     from mmit.models.placement import WHOLE, placed
+    from mmit.train.allocator import memory_given_back
     from mmit.train.engine import deepspeed_config, init_process_group
     from mmit.train.partition import Partitioned
 
@@ -113,7 +113,9 @@ def _rank(folder: Path, way: str) -> None:
     settings = deepspeed_config(
         Zero(stage=3), dtype=torch.float32, rows_per_micro_batch=1, micro_batches=1, clip_norm=1.0
     )
-    with _Peak() as peak, placed(Partitioned(settings) if kept == "partitioned" else WHOLE):
+    in_pieces = kept == "partitioned"  # as mmit.train.stage_parts does it
+    allocator = memory_given_back() if in_pieces else nullcontext()
+    with _Peak() as peak, allocator, placed(Partitioned(settings) if in_pieces else WHOLE):
         loaded = build_model(model, dtype=torch.float32, seed=0)
     del loaded
     print(peak.bytes)

@@ -42,6 +42,13 @@ def read_language_model(path: str, *, dtype: torch.dtype) -> PreTrainedModel:
         raise ConfigError(
             f"model.language_model.path: {path} cannot be read as a causal language model: {first}"
         ) from error
+    except RuntimeError as error:
+        if "mismatch" not in str(error):
+            raise
+        raise ConfigError(
+            f"model.language_model.path: {path} holds tensors of other shapes than its config.json says "
+            f"({' '.join(str(error).split())[:200]}); take a complete copy"
+        ) from error
     if report["missing_keys"]:
         some = ", ".join(sorted(report["missing_keys"])[:3])
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,11 +22,14 @@ def build(config: RunConfig, name: str, *, dtype: torch.dtype, tower: AbsentTowe
     from mmit.config import WholeModel
     from mmit.models import build_model, find_model_directory, holds_adapter, load_weights
     from mmit.models.placement import WHOLE, placed
+    from mmit.train.allocator import memory_given_back
     from mmit.train.origin import start_directory
     from mmit.train.partition import Partitioned
 
     stage = config.stages[name]
-    with placed(Partitioned(_engine_settings(stage, dtype)) if stage.zero.stage == 3 else WHOLE):
+    in_pieces = stage.zero.stage == 3
+    kept = Partitioned(_engine_settings(stage, dtype)) if in_pieces else WHOLE
+    with memory_given_back() if in_pieces else nullcontext(), placed(kept):
         loaded = build_model(config.model, dtype=dtype, seed=config.seed, adapter="drop", tower=tower)
     directory = start_directory(config, name)
     if directory is not None:
