@@ -29,7 +29,7 @@ from mmit.config.model import ComposedModel, LanguageModel, Model, WholeModel
 from mmit.config.parts import CustomPart
 from mmit.config.sections import Section, parse_count
 from mmit.config.tiling import AnyresTiling, DynamicTiling
-from mmit.config.training import Launch, Log, Lora, Optim, Save, Stage, Zero
+from mmit.config.training import Evaluate, Launch, Log, Lora, Optim, Save, Stage, Zero
 
 __all__ = [
     "NAME",
@@ -44,6 +44,7 @@ __all__ = [
     "Data",
     "DynamicTiling",
     "Encoder",
+    "Evaluate",
     "Instruction",
     "LanguageModel",
     "Launch",

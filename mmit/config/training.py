@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from mmit.config.data import Batching, Data
+from mmit.config.data import Batching, Data, Source
 from mmit.config.sections import MANY, BelowOne, Fraction, Section
 
 
@@ -75,6 +75,27 @@ class Log(Section):
     """Also write event files (needs the extra ``track``)."""
 
 
+class Evaluate(Section):
+    """Held-out samples that are measured while training: their loss, and what the pictures are worth in it."""
+
+    mix: Annotated[list[Source], Field(min_length=1)]
+    """The held-out data sets; none of their samples may be trained on."""
+    every_steps: PositiveInt = 500
+    """Steps between measurements; there is one at the end too."""
+    samples: PositiveInt = 256
+    """Most samples of each data set, chosen at random."""
+    visual_gain: bool = False
+    """Also measure with a blank picture and with another sample's: how much higher the loss is then is what the
+    pictures are worth."""
+
+    @field_validator("mix")
+    @classmethod
+    def _each_sample_once(cls, mix: list[Source]) -> list[Source]:
+        if any(source.epochs != 1.0 or source.samples is not None or source.weight is not None for source in mix):
+            raise ValueError("held-out samples are measured once each: take 'epochs', 'samples' and 'weight' out")
+        return mix
+
+
 class Lora(Section):
     """Low-rank adapters (LoRA, arXiv 2106.09685) beside weights that stay; trained by the rule ``lora``."""
 
@@ -127,6 +148,8 @@ class Stage(Section):
     """Recompute activations in the backward pass: less memory, 20 to 25 percent more time."""
     save: Save = Save()
     log: Log = Log()
+    evaluate: Evaluate | None = None
+    """Measure the loss on held-out samples while training."""
 
     @field_validator("train")
     @classmethod
@@ -135,6 +158,12 @@ class Stage(Section):
         if not any(rules.values()):
             raise ValueError("every learning rate is 0: nothing would be trained")
         return rules
+
+    @model_validator(mode="after")
+    def _pictures_can_be_measured(self) -> Stage:
+        if self.evaluate is not None and self.data.features != "none":
+            raise ValueError("evaluate: held-out pictures need the encoder, which data.features leaves out; drop one")
+        return self
 
     @model_validator(mode="after")
     def _adapters_train(self) -> Stage:

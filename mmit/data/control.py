@@ -72,7 +72,7 @@ class ControlledSet:
 
     def _changed(self, own: Conversation, number: int, *, with_bytes: bool) -> Conversation:
         if self.control == "blank_image":
-            return replace(own, images=tuple(_blank(size) for size in own.sizes) if own.images else ())
+            return replace(own, images=tuple(blank_picture(size) for size in own.sizes) if own.images else ())
         if self.control == "blank_instruction":
             return replace(own, messages=tuple(map(_without_text, own.messages)))
         partner = int(self.partners[number])
@@ -122,7 +122,7 @@ def _with_answers(own: Conversation, other: Conversation) -> Conversation:
 
 
 @lru_cache(maxsize=64)
-def _blank(size: tuple[int, int]) -> bytes:
+def blank_picture(size: tuple[int, int]) -> bytes:
     """A grey picture of (width, height), as a PNG."""
     from PIL import Image
 

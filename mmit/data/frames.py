@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from mmit.conversation import Conversation, ImageRef, Message
 from mmit.data.control import ControlledSet
+from mmit.data.held_out import HeldOutSet
 from mmit.data.shard_set import ShardSet
 from mmit.data.sources.sampling import evenly
 from mmit.data.sources.videos import time_sentence
@@ -18,7 +19,7 @@ from mmit.data.sources.videos import time_sentence
 class FewerFrames:
     """A data set with at most ``most`` frames of every video; reads as the set itself does."""
 
-    def __init__(self, shards: ShardSet | ControlledSet, most: int) -> None:
+    def __init__(self, shards: ShardSet | ControlledSet | HeldOutSet, most: int) -> None:
         self.name = shards.name
         self.directory = shards.directory
         self.cache = shards.cache

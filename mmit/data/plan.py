@@ -64,11 +64,7 @@ class Plan:
     @property
     def names(self) -> tuple[str, ...]:
         """A name for each source; data sets of one name are numbered."""
-        plain = [source.name for source in self.sources]
-        return tuple(
-            name if plain.count(name) == 1 else f"{name}#{1 + plain[:number].count(name)}"
-            for number, name in enumerate(plain)
-        )
+        return numbered([source.name for source in self.sources])
 
     @property
     def rows(self) -> int:
@@ -106,6 +102,14 @@ class Plan:
         span = slice(int(self.starts[number]), int(self.starts[number + 1]))
         samples = tuple(zip(self.source_of[span].tolist(), self.sample_of[span].tolist(), strict=True))
         return Row(samples, int(self.tokens[number]), int(self.tiles[number]))
+
+
+def numbered(names: Sequence[str]) -> tuple[str, ...]:
+    """The names, each that comes twice with its number: ``photos#1``, ``photos#2``."""
+    return tuple(
+        name if names.count(name) == 1 else f"{name}#{1 + names[:number].count(name)}"
+        for number, name in enumerate(names)
+    )
 
 
 def make_plan(

@@ -161,6 +161,10 @@ class Engine:
         self.deepspeed.backward(loss_sum * (world_size() / trained_tokens), scale_wrt_gas=False)
         return loss_sum.detach()
 
+    def forward(self, batch: Any) -> Tensor:  # noqa: ANN401  (whatever the model takes)
+        """The sum of -log p of one micro-batch, with nothing done to the weights."""
+        return self.deepspeed(batch)
+
     def close_micro_step(self, *, factor: float) -> float | None:
         """Count a micro-batch as done; at the end of a step update the weights and give the gradient norm.
 

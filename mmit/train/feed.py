@@ -151,9 +151,9 @@ def plan_stage(config: RunConfig, stage: Stage, encode: Encode) -> Plan:
     """The plan alone. Raises DataError and ConfigError."""
     batch, data = stage.batch, stage.data
     whole = [open_shards(source, data, beside=config.file) for source in data.mix]
-    chosen = [_chosen(shards, source, seed=config.seed) for shards, source in zip(whole, data.mix, strict=True)]
+    chosen = [chosen_samples(shards, source, seed=config.seed) for shards, source in zip(whole, data.mix, strict=True)]
     sets = [_as_asked(shards, data, seed=config.seed) for shards in whole]
-    tables = [_lengths(shards, stage, encode) for shards in sets]
+    tables = [lengths_of(shards, stage, encode) for shards in sets]
     taking_part = [usable(table.tokens, some) for table, some in zip(tables, chosen, strict=True)]
     counts = [len(shards) if some is None else len(some) for shards, some in zip(sets, taking_part, strict=True)]
     for shards, count in zip(sets, counts, strict=True):
@@ -175,7 +175,7 @@ def plan_stage(config: RunConfig, stage: Stage, encode: Encode) -> Plan:
     )
 
 
-def _chosen(shards: ShardSet, source: Source, *, seed: int) -> np.ndarray | None:
+def chosen_samples(shards: ShardSet, source: Source, *, seed: int) -> np.ndarray | None:
     """The samples of an entry that take part. Raises DataError, also for a cap by task where no sample has a task."""
     choice = Choice(subset=source.subset, per_task=source.per_task, limit=source.limit)
     tasks = None
@@ -233,7 +233,8 @@ def location(source: Source, *, beside: Path | None) -> str | Path:
     return load_recipe(source.recipe, beside=beside).directory
 
 
-def _lengths(shards: TextSet, stage: Stage, encode: Encode) -> LengthTable:
+def lengths_of(shards: TextSet, stage: Stage, encode: Encode) -> LengthTable:
+    """The lengths of a set for the rows of a stage; what was left out is logged. Raises DataError."""
     fingerprint = encode.fingerprint()
     table = measure_lengths(
         shards, encode.measure, fingerprint=fingerprint, max_skipped=stage.data.max_skipped, progress=rank() == 0

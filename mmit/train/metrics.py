@@ -43,34 +43,41 @@ class StepRecord:
     loss_by_source: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRecord:
+    """What was measured on held-out samples after a step; losses are means over all trained tokens, in nats.
+
+    visual_gain: by how much the loss is higher with other pictures, over the samples that can be given others:
+    ``blank`` ones, or an ``other`` sample's. trained_tokens, samples: of the measurement with the true pictures.
+    """
+
+    step: int
+    loss: float
+    loss_by_source: dict[str, float]
+    visual_gain: dict[str, float]
+    visual_gain_by_source: dict[str, dict[str, float]]
+    trained_tokens: int
+    samples: int
+    seconds: float
+
+
 class Recorder:
     """Writes the record of rank 0; on other ranks it is not made."""
 
     def __init__(self, folder: Path, *, steps: int, every_steps: int, tensorboard: bool, resume_step: int) -> None:
         self._path = folder / "metrics.jsonl"
+        self._evaluations = folder / "evaluation.jsonl"
         self._curve = folder / "loss.svg"
         self._steps = steps
         self._every = every_steps
         self._losses: list[tuple[int, float]] = []
         self._seconds = 0.0
         self._done_here = 0
-        self._keep_until(resume_step)
+        self._losses += [(line["step"], line["loss"]) for line in _kept(self._path, resume_step)]
+        evaluated = _kept(self._evaluations, resume_step)
+        self._evaluated = evaluated[-1]["step"] if evaluated else 0
         self._file = self._path.open("a", encoding="utf-8")
         self._board = _tensorboard(folder / "tensorboard", resume_step) if tensorboard else None
-
-    def _keep_until(self, step: int) -> None:
-        """Drop lines of steps that a killed run did beyond its last checkpoint: they are done again."""
-        if not self._path.exists():
-            return
-        kept = []
-        for line in self._path.read_text(encoding="utf-8").splitlines():
-            record = _parsed(line)
-            if record is not None and record["step"] <= step:
-                kept.append(line)
-                self._losses.append((record["step"], record["loss"]))
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, self._path)
 
     def add(self, record: StepRecord) -> None:
         """Note one step."""
@@ -86,6 +93,22 @@ class Recorder:
             logger.info(self._line(record))
         if self._board is not None:
             for name, value in _flat(record).items():
+                self._board.add_scalar(name, value, record.step)
+
+    def add_evaluation(self, record: EvaluationRecord) -> None:
+        """Note a measurement on held-out samples, beside the training loss of the steps since the one before."""
+        recent = [loss for step, loss in self._losses if step > self._evaluated]
+        training = sum(recent) / max(1, len(recent))
+        self._evaluated = record.step
+        with self._evaluations.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**asdict(record), "training_loss": training}) + "\n")
+        gains = "".join(f"  gain over {name} pictures {gain:+.4f}" for name, gain in record.visual_gain.items())
+        told = f"step {record.step}/{self._steps}  held-out loss {record.loss:.4f}"
+        logger.info("%s  (training %.4f over %d steps)%s", told, training, len(recent), gains)
+        if self._board is not None:
+            by_source = {f"held_out/loss/{name}": loss for name, loss in record.loss_by_source.items()}
+            gained = {f"held_out/visual_gain/{name}": gain for name, gain in record.visual_gain.items()}
+            for name, value in {"held_out/loss": record.loss, **by_source, **gained}.items():
                 self._board.add_scalar(name, value, record.step)
 
     def _line(self, record: StepRecord) -> str:
@@ -118,6 +141,18 @@ class Recorder:
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def _kept(path: Path, step: int) -> list[dict[str, Any]]:
+    """What a log says up to ``step``; it loses the lines that a killed run wrote beyond its last checkpoint."""
+    if not path.exists():
+        return []
+    records = [_parsed(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    kept = [record for record in records if record is not None and record["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(f"{json.dumps(record)}\n" for record in kept), encoding="utf-8")
+    os.replace(temporary, path)
+    return kept
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ from mmit.errors import ConfigError
 HARMLESS = (
     "save",
     "log",
+    "evaluate",
     "zero",
     "activation_checkpointing",
     "attention",

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from mmit.models import LoadedModel
     from mmit.train.checkpoint import RunState
     from mmit.train.engine import Engine
+    from mmit.train.evaluation import Evaluation
     from mmit.train.features import StageFeatures
     from mmit.train.feed import Feed
     from mmit.train.loop import Counts, StopRequest
@@ -78,6 +79,7 @@ class _Ready:
     loaded: LoadedModel
     features: StageFeatures | None
     feed: Feed
+    evaluation: Evaluation | None
     engine: Engine
     state: RunState
 
@@ -109,6 +111,7 @@ def _train(config: RunConfig, name: str, *, stop: StopRequest, fresh: bool) -> P
 def _make_ready(config: RunConfig, name: str, *, stop: StopRequest) -> _Ready:
     from mmit.train import checkpoint
     from mmit.train.engine import resolve_precision
+    from mmit.train.evaluation import plan_evaluation
     from mmit.train.features import stage_features
     from mmit.train.feed import make_feed
 
@@ -127,16 +130,27 @@ def _make_ready(config: RunConfig, name: str, *, stop: StopRequest) -> _Ready:
         precision=str(dtype).removeprefix("torch."),
         settings=deciding_settings(config, name),
     )
-    _check_ranks_agree(state)
+    evaluation = plan_evaluation(config, name, feed)
+    _check_ranks_agree(state, held_out="" if evaluation is None else evaluation.fingerprint)
     engine = make_engine(stage, loaded, dtype=dtype)
     state = checkpoint.resume(folder / "checkpoints", engine, state, steps=feed.plan.steps, config=config)
-    return _Ready(config=config, name=name, loaded=loaded, features=features, feed=feed, engine=engine, state=state)
+    return _Ready(
+        config=config,
+        name=name,
+        loaded=loaded,
+        features=features,
+        feed=feed,
+        evaluation=evaluation,
+        engine=engine,
+        state=state,
+    )
 
 
-def _check_ranks_agree(state: RunState) -> None:
+def _check_ranks_agree(state: RunState, *, held_out: str) -> None:
     """Raise TrainingError where ranks would train on other plans, settings or versions; collective."""
     versions = {package: version(package) for package in ("mmit", "torch", "transformers", "deepspeed")}
     parts = {"plan": state.plan, "precision": state.precision, "settings": state.settings, "versions": versions}
+    parts["held-out plan"] = held_out
     for what, value in parts.items():
         if others := ranks_that_differ(json.dumps(value, sort_keys=True, default=str)):
             raise TrainingError(
@@ -154,7 +168,7 @@ def _run(ready: _Ready, *, stop: StopRequest) -> Path:
     from mmit.train.run_files import write_facts
     from mmit.train.skipped import SkippedRecord
     from mmit.train.trained import FirstStepCheck
-    from mmit.train.watchdog import Watchdog
+    from mmit.train.watchdog import EVALUATING, SAVING, Watchdog
 
     stage, folder, state, steps = ready.stage, ready.folder, ready.state, ready.feed.plan.steps
     made_from = checkpoint.facts(ready.config, stage=ready.name, plan=ready.feed.plan.fingerprint)
@@ -180,6 +194,14 @@ def _run(ready: _Ready, *, stop: StopRequest) -> Path:
         done = step
         if not check.is_done and (counts.images > 0 or step == first):
             check.verify(had_images=counts.images > 0)
+        evaluation = ready.evaluation
+        if evaluation is not None and (step % evaluation.every_steps == 0 or step == steps):
+            record = evaluation.measure(
+                ready.engine, step, lambda samples: watchdog.mark(EVALUATING, step=step, samples=samples)
+            )
+            if recorder is not None:
+                recorder.add_evaluation(record)
+            watchdog.mark(SAVING, step=step)
         if step % stage.save.every_steps == 0 and step < steps:
             save()
 

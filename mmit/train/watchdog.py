@@ -30,7 +30,8 @@ SLOWER = 10.0
 """A phase may take so many times the longest of its kind so far before it counts as a stall."""
 
 READING, COMPUTING, WAITING, SAVING = "reading", "computing", "waiting for the other ranks at", "saving after"
-"""What a rank does. Waiting is the fault of another, and saving may take long: only the first two can stall."""
+EVALUATING = "evaluating after"
+"""What a rank does. Waiting is the fault of another, the last two may take long: only the first two can stall."""
 
 
 @dataclass(frozen=True, kw_only=True)

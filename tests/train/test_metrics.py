@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 from mmit.train.curves import line_chart
-from mmit.train.metrics import Recorder, StepRecord
+from mmit.train.metrics import EvaluationRecord, Recorder, StepRecord
 
 
 def record(step: int, loss: float) -> StepRecord:
@@ -51,6 +51,35 @@ def test_steps_done_after_the_last_checkpoint_are_not_told_twice(tmp_path: Path)
     again.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, 1.0), (3, 0.5)]
+
+
+def evaluation(step: int) -> EvaluationRecord:
+    return EvaluationRecord(
+        step=step,
+        loss=2.0,
+        loss_by_source={"a": 2.0},
+        visual_gain={"blank": 0.5},
+        visual_gain_by_source={"a": {"blank": 0.5}},
+        trained_tokens=9,
+        samples=3,
+        seconds=0.1,
+    )
+
+
+def test_a_held_out_loss_stands_beside_the_training_loss_of_the_steps_since_the_one_before(tmp_path: Path) -> None:
+    log = recorder(tmp_path)
+    for step, loss in ((1, 6.0), (2, 4.0), (3, 3.0), (4, 1.0)):
+        log.add(record(step, loss))
+        if step % 2 == 0:
+            log.add_evaluation(evaluation(step))
+    log.close()
+    again = recorder(tmp_path, resume_step=3)
+    again.add(record(4, 2.0))
+    again.add_evaluation(evaluation(4))
+    again.close()
+    lines = [json.loads(line) for line in (tmp_path / "evaluation.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["training_loss"]) for line in lines] == [(2, 5.0), (4, 2.5)]
+    assert lines[0]["visual_gain_by_source"] == {"a": {"blank": 0.5}}
 
 
 def test_the_curve_is_svg_with_a_point_per_step(tmp_path: Path) -> None:

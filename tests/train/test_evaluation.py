@@ -1,0 +1,123 @@
+"""Held-out samples in a stage: their loss, what pictures are worth in it, and that none of them is trained on."""
+
+import io
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from runs import make_run
+
+from mmit.config import RunConfig, load_config
+from mmit.conversation import Conversation
+from mmit.data import open_source
+from mmit.data.held_out import HeldOutSet, lenders
+from mmit.errors import ConfigError
+from mmit.evaluate.losses import answer_loss
+from mmit.models import build_model
+from mmit.train.engine import Engine
+from mmit.train.evaluation import plan_evaluation
+from mmit.train.feed import make_feed
+
+ALIGN = "stages.align"
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("evaluation"), records=30)
+
+
+def config_of(run_file: Path, *, trained: str, held_out: str) -> RunConfig:
+    shards = run_file.parent / "shards"
+    data = f"{ALIGN}.data={{workers: 0, mix: [{{shards: {shards}, subset: {trained}}}]}}"
+    mix = f"[{{shards: {shards}, subset: {held_out}}}]"
+    return load_config(run_file, [data, f"{ALIGN}.evaluate={{mix: {mix}, visual_gain: true}}"])
+
+
+def grey(conversation: Conversation) -> Conversation:
+    made = []
+    for size in conversation.sizes:
+        file = io.BytesIO()
+        Image.new("RGB", size, (128, 128, 128)).save(file, "PNG")
+        made.append(file.getvalue())
+    return replace(conversation, images=tuple(made))
+
+
+def test_the_loss_and_the_gain_are_those_of_the_samples_one_by_one(run_file: Path) -> None:
+    """Against rows that are not packed; fp32, another order of sums."""
+    config = config_of(run_file, trained="first 60%", held_out="last 40%")
+    loaded = build_model(config.model, dtype=torch.float32, seed=0)
+    loaded.model.train()
+    evaluation = plan_evaluation(config, "align", make_feed(config, config.stages["align"], loaded))
+    assert evaluation is not None
+    engine = cast("Engine", SimpleNamespace(module=loaded.model, forward=loaded.model))
+    seen: list[str] = []
+    record = evaluation.measure(engine, 7, seen.extend)
+
+    source = open_source(run_file.parent / "shards")
+    samples = [source.read(number) for number in range(18, 30)]
+    pictured = [sample for sample in samples if sample.images]
+    loaded.model.eval()
+    assert record.loss == pytest.approx(answer_loss(loaded, samples, "true"), rel=1e-5)
+    blank = answer_loss(loaded, [grey(sample) for sample in pictured], "true")
+    gain = blank - answer_loss(loaded, pictured, "true")
+    assert record.visual_gain["blank"] == pytest.approx(gain, abs=1e-5)
+    assert record.visual_gain_by_source == {"tiny": record.visual_gain}
+    assert (record.step, record.samples) == (7, 12)
+    assert sorted(seen) == sorted([sample.id for sample in samples] + 2 * [sample.id for sample in pictured])
+
+
+def test_measuring_leaves_every_module_in_its_mode_and_makes_no_gradient(run_file: Path) -> None:
+    config = config_of(run_file, trained="first 60%", held_out="last 10%")
+    loaded = build_model(config.model, dtype=torch.float32, seed=0)
+    loaded.model.train()
+    modes = [module.training for module in loaded.model.modules()]
+    assert {True, False} == set(modes)  # the frozen tower is never in training mode
+    evaluation = plan_evaluation(config, "align", make_feed(config, config.stages["align"], loaded))
+    assert evaluation is not None
+    during: list[bool] = []
+
+    def forward(batch: object) -> torch.Tensor:
+        during.append(loaded.model.training or torch.is_grad_enabled())
+        return loaded.model(batch)
+
+    evaluation.measure(cast("Engine", SimpleNamespace(module=loaded.model, forward=forward)), 1, lambda _: None)
+    assert set(during) == {False}
+    assert [module.training for module in loaded.model.modules()] == modes
+
+
+def test_a_held_out_sample_that_is_trained_on_is_refused(run_file: Path) -> None:
+    config = config_of(run_file, trained="first 70%", held_out="last 40%")
+    loaded = build_model(config.model, dtype=torch.float32, seed=0)
+    feed = make_feed(config, config.stages["align"], loaded)
+    with pytest.raises(ConfigError, match=r"3 of the 12 held-out samples of tiny are trained on too; .*subset"):
+        plan_evaluation(config, "align", feed)
+
+
+def test_held_out_samples_cannot_be_measured_several_times(run_file: Path) -> None:
+    mix = f"[{{shards: {run_file.parent / 'shards'}, epochs: 2}}]"
+    with pytest.raises(ConfigError, match="measured once each"):
+        load_config(run_file, [f"{ALIGN}.evaluate={{mix: {mix}}}"])
+
+
+def test_with_other_pictures_the_texts_stay_and_nobody_keeps_their_own(run_file: Path) -> None:
+    shards = open_source(run_file.parent / "shards")
+    numbers = np.arange(30, dtype=np.uint32)
+    has_lender, partners = lenders(shards, numbers, seed=0)
+    assert has_lender.tolist() == [bool(shards.read(number).images) for number in range(30)]
+    own = HeldOutSet(shards, numbers[has_lender])
+    other = HeldOutSet(shards, numbers[has_lender], pictures="other", partners=partners)
+    blank = HeldOutSet(shards, numbers[has_lender], pictures="blank")
+    assert sorted(partners.tolist()) == list(range(24))  # every fifth has no picture
+    for number in range(24):
+        sample, changed, empty = own.read(number), other.read(number), blank.read(number)
+        assert sample.messages == changed.messages == empty.messages
+        assert changed.images == own.read(int(partners[number])).images != sample.images
+        assert changed.sizes == other.read_text(number).sizes
+        assert [Image.open(io.BytesIO(image)).size for image in empty.images] == list(sample.sizes)
+        assert other.place(number) == shards.place(int(numbers[has_lender][number]))
+    assert len({own.fingerprint, other.fingerprint, blank.fingerprint}) == 3
