@@ -31,7 +31,7 @@ def rank_environment(number: int, ranks: int, port: int) -> dict[str, str]:
     }
 
 
-def run_ranks(script: Path, *arguments: str, ranks: int = 2, timeout: float = 300.0) -> Any:
+def run_ranks(script: Path, *arguments: str, ranks: int = 2, timeout: float = 540.0) -> Any:
     """Start ``script`` on ``ranks`` processes; the last line of rank 0's output, read as JSON."""
     port = free_port()
     children = [

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from runs import environment, make_run, metrics, mmit
 
 pytestmark = pytest.mark.slow
@@ -36,8 +37,10 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_slurms_script_trains_every_stage_and_torchrun_trains_one(run_file: Path, tmp_path: Path) -> None:
     script = tmp_path / "job.sh"
     few = ("stages.align.max_steps=2", "stages.instruct.max_steps=1")
+    both = yaml.safe_load(run_file.read_text())
+    run_file.write_text(yaml.safe_dump(both | {"stages": {"align": both["stages"]["align"]}}))
     options = ("--nodes", "1", "--ranks-per-node", "2", "--cpus-per-rank", "1", "--cpu", "--option=--partition=tiny")
-    written = mmit("launch", str(run_file), *few, "--slurm", str(script), *options)
+    written = mmit("launch", str(run_file), few[0], "--slurm", str(script), *options)
     assert written.returncode == 0, written.stderr
     text = script.read_text()
     assert "#SBATCH --partition=tiny" in text
@@ -55,8 +58,10 @@ def test_slurms_script_trains_every_stage_and_torchrun_trains_one(run_file: Path
     )
     assert done.returncode == 0, done.stderr
     assert [line["step"] for line in metrics(run_file.parent / "run" / "align")] == [1, 2]
-    made = json.loads((run_file.parent / "run" / "instruct" / "model" / "mmit.json").read_text())["made_from"]
+    made = json.loads((run_file.parent / "run" / "align" / "model" / "mmit.json").read_text())["made_from"]
     assert made["ranks"] == 2
+
+    run_file.write_text(yaml.safe_dump(both))
 
     torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
     words = ["-m", "mmit", "train", str(run_file), *few, "--stage", "instruct", f"output={tmp_path / 'again'}"]
