@@ -144,6 +144,7 @@ class Engine:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         assert self.deepspeed.optimizer is not None, "DeepSpeed wraps the optimizer it was given"
+        self.deepspeed.train()  # models are built in evaluation mode, without dropout and recomputation
         self.optimizer = self.deepspeed.optimizer
         self.zero_stage: int = config["zero_optimization"]["stage"]
 

@@ -105,10 +105,17 @@ def engine_step(
     trained = int(all_reduce_sum(torch.tensor([sum(batch.trained_tokens for batch in batches)])))
     loss = torch.zeros((), dtype=torch.float64)
     norm = None
+    passes: list[bool] = []
+    if checkpointing:
+        layer = loaded.model.language_model.get_submodule("model.layers.0.mlp")
+        layer.register_forward_pre_hook(lambda module, _: passes.append(module.training))
     for batch in batches:
         loss += engine.micro_step(batch, trained_tokens=trained).double()
         norm = engine.close_micro_step(factor=1.0)
     assert norm is not None
+    assert loaded.model.training
+    assert passes == [True] * len(passes)
+    assert len(passes) == (2 * len(batches) if checkpointing else 0), "a layer passes again in the backward pass"
     return engine.full_state(), float(all_reduce_sum(loss)) / trained, norm
 
 
