@@ -142,7 +142,7 @@ def chat(
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Share of probability that is drawn from.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Of the drawing, for the same answer again.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Of the drawing, to repeat it.")] = None,
     base: Base = None,
     tower: Tower = None,
     template: Template = "own",

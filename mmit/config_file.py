@@ -92,7 +92,7 @@ def _apply(content: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override '{override}' is not of the form a.b=value")
-    here: Any = content
+    here: Any = content  # each step copies what it changes: a YAML alias repeats the same object elsewhere
     *parents, last = key.split(".")
     for depth, name in enumerate(parents):
         here = _step_into(here, name, ".".join(parents[: depth + 1]))
@@ -107,10 +107,12 @@ def _apply(content: dict[str, Any], override: str) -> None:
 
 
 def _step_into(here: Any, name: str, path: str) -> Any:  # noqa: ANN401  (a YAML tree)
-    below = here[_position(here, name, path)] if isinstance(here, list) else here.setdefault(name, {})
+    key: Any = _position(here, name, path) if isinstance(here, list) else name
+    below = here[key] if isinstance(here, list) else here.get(key, {})
     if not isinstance(below, dict | list):
         raise ConfigError(f"override: '{path}' holds the value {below!r} and has no keys below it")
-    return below
+    here[key] = below.copy()
+    return here[key]
 
 
 def _position(here: list[Any], name: str, path: str) -> int:

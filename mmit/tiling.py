@@ -15,6 +15,9 @@ from typing import Any, Literal
 
 from mmit.errors import ConfigError
 
+MOST_TILES = 1024
+"""Of one image: more is a slip of the pen, which would fill the memory."""
+
 Newline = Literal["none", "rows", "end"]
 """Where newline tokens stand: nowhere, behind each row of the mosaic, or once, behind the image."""
 
@@ -80,6 +83,8 @@ class Anyres:
                 raise ConfigError(
                     f"tiling pinpoint {width} x {height} is not whole tiles of {tile[0]} x {tile[1]} pixels"
                 )
+            if (tiles := (width // tile[0]) * (height // tile[1])) > MOST_TILES:
+                raise ConfigError(f"tiling pinpoint {width} x {height} is {tiles} tiles; take at most {MOST_TILES}")
         if self.unpad and (tile[0] != tile[1] or math.isqrt(tokens_per_tile) ** 2 != tokens_per_tile):
             raise ConfigError(
                 f"tiling unpad needs square tiles and a square number of tokens in each, not {tile[0]} x {tile[1]} "
@@ -145,6 +150,8 @@ class Dynamic:
     def __post_init__(self) -> None:
         if not 1 <= self.min_tiles <= self.max_tiles:
             raise ConfigError(f"tiling min_tiles is {self.min_tiles} and max_tiles {self.max_tiles}; 1 <= min <= max")
+        if self.max_tiles > MOST_TILES:
+            raise ConfigError(f"tiling max_tiles is {self.max_tiles}; take at most {MOST_TILES}")
 
     def grid(self, size: tuple[int, int], tile: tuple[int, int]) -> tuple[int, int]:
         """(rows, columns) of tiles for an image of ``size``.
@@ -195,8 +202,8 @@ def tiling_from_dict(values: Mapping[str, Any]) -> Tiling:
 @lru_cache(maxsize=16)
 def _grids(fewest: int, most: int) -> list[tuple[int, int]]:
     """(columns, rows) of all grids of so many tiles, the smaller ones first."""
-    counts = range(1, most + 1)
-    return sorted(((c, r) for c in counts for r in counts if fewest <= c * r <= most), key=math.prod)
+    grids = ((c, r) for c in range(1, most + 1) for r in range(1, most // c + 1))
+    return sorted((grid for grid in grids if fewest <= math.prod(grid)), key=math.prod)
 
 
 def _padding(size: tuple[int, int], rows: int, columns: int) -> tuple[int, int]:

@@ -64,6 +64,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     is ever run. Raises ConfigError if there is no tokenizer or it cannot be read, MissingExtra if reading it needs
     sentencepiece.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
     directory = Path(path).expanduser()
@@ -77,8 +78,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     try:
         with _without_remarks():
             found = AutoTokenizer.from_pretrained(directory if is_local else str(path), trust_remote_code=False)
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except (OSError, ValueError, ImportError, KeyError, TypeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())[:200]
         where = "" if is_local else " (no local directory of this name; taken for a name on the hub)"
         raise ConfigError(f"tokenizer '{path}'{where} cannot be loaded: {reason}") from error
     if found is None:

@@ -65,6 +65,15 @@ def test_an_unknown_key_of_an_override_is_refused_like_one_of_the_file() -> None
     ]
 
 
+def test_an_override_leaves_what_an_alias_repeats_elsewhere() -> None:
+    repeated = RUN.replace("data: {mix: [{shards: a}], ", "data: &data {mix: [{shards: a}], ")
+    repeated = repeated.replace("data: {mix: [{shards: a}, {recipe: mine, epochs: 3}]}", "data: *data")
+    stages = parse(repeated, source="", overrides=["stages.instruct.data.mix.0.limit=5"]).stages
+    assert [stages[name].data.mix[0].limit for name in ("align", "instruct")] == [0, 5]
+    stages = parse(repeated, source="", overrides=["stages.align.data.workers=7"]).stages
+    assert [stages[name].data.workers for name in ("align", "instruct")] == [7, 2]
+
+
 def test_overrides_reach_into_lists() -> None:
     config = parse(RUN, source="", overrides=["stages.instruct.data.mix.1.epochs=2"])
     assert config.stages["instruct"].data.mix[1].epochs == 2.0

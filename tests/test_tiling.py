@@ -192,6 +192,8 @@ def test_a_tiling_survives_json_and_changes_the_fingerprint(tiling: Tiling | Non
         (lambda: Anyres(pinpoints=()), r"must be pairs of \(width, height\)"),
         (lambda: Anyres(pinpoints=((56, 56),), unpad=False, shrink_to=4), "above 0 only with unpad"),
         (lambda: Dynamic(min_tiles=3, max_tiles=2), "min_tiles is 3 and max_tiles 2"),
+        (lambda: Dynamic(max_tiles=10**9), "max_tiles is 1000000000; take at most 1024"),
+        (lambda: spec(Anyres(pinpoints=((28 * 10**6, 28 * 10**6),))), "tiles; take at most 1024"),
         (lambda: tiling_from_dict({"type": "spiral"}), "is not one that this version knows"),
         (lambda: tiling_from_dict(tiling_to_dict(Dynamic()) | {"new": 1}), "is not one that this version knows"),
         (lambda: spec(Dynamic(), draft=True), "draft gives up the detail"),

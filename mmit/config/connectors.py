@@ -18,7 +18,7 @@ def _is_square(count: int) -> int:
 
 
 Depth = Annotated[int, Field(ge=1, le=8)]
-Size = Annotated[int, Field(ge=1)]
+Size = Annotated[int, Field(ge=1, le=2**16)]
 SquareNumber = Annotated[int, Field(ge=1), AfterValidator(_is_square)]
 
 

@@ -99,7 +99,7 @@ class Evaluate(Section):
 class Lora(Section):
     """Low-rank adapters (LoRA, arXiv 2106.09685) beside weights that stay; trained by the rule ``lora``."""
 
-    rank: PositiveInt = 64
+    rank: Annotated[int, Field(ge=1, le=2**16)] = 64
     """Width of the adapters."""
     alpha: PositiveInt = 128
     """What an adapter gives is multiplied by alpha / rank."""
@@ -175,8 +175,9 @@ class Stage(Section):
         if self.lora is not None and self.lora.quantize == "nf4":
             if self.zero.stage == 3:
                 raise ValueError("lora.quantize: nf4 cannot be partitioned by zero.stage 3; take 0, 1 or 2")
-            if self.train.get("language_model"):
-                raise ValueError("lora.quantize: weights in four bits cannot be trained by the rule 'language_model'")
+            whole = ("language_model", "language_model.layers")
+            if rule := next((rule for rule, lr in self.train.items() if lr and rule.startswith(whole)), None):
+                raise ValueError(f"lora.quantize: weights in four bits cannot be trained by the rule '{rule}'")
         return self
 
 

@@ -36,13 +36,16 @@ class Scores:
         return table
 
     def write(self, path: Path) -> None:
-        """All of it as JSON."""
+        """All of it as JSON. Raises ConfigError."""
         content = {
             pictures: {"exact_match": self.by_pictures[pictures], "answers": [asdict(one) for one in asked]}
             for pictures, asked in self.asked.items()
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--out {path}: cannot be written: {error.strerror}") from None
 
 
 def evaluate(

@@ -156,13 +156,18 @@ def _shape(model: VisionLanguageModel, directory: Path, stored: Mapping[tuple[st
     if config.get("peft_type") != "LORA" or others:
         what = ", ".join(others) or f"the type {config.get('peft_type')}"
         raise CheckpointError(f"{directory / CONFIG} has {what}, which mmit does not read; merge it with peft")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not (isinstance(rank, int) and isinstance(alpha, int) and min(rank, alpha) > 0):
+        raise CheckpointError(
+            f"{directory / CONFIG} must say r and lora_alpha as whole numbers above 0, not {rank!r} and {alpha!r}"
+        )
     names = _in_memory(model)
     strange = sorted({module for module, _ in stored} - names.keys())
     if strange:
         raise CheckpointError(f"{directory / WEIGHTS} has an adapter for {strange[0]}, which the model does not have")
     return AdapterShape(
-        rank=int(config["r"]),
-        alpha=int(config["lora_alpha"]),
+        rank=rank,
+        alpha=alpha,
         dora=bool(config.get("use_dora")),
         rslora=bool(config.get("use_rslora")),
         modules=frozenset(names[module] for module, _ in stored),

@@ -11,6 +11,7 @@ import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mmit.errors import CheckpointError
 
@@ -64,11 +65,21 @@ def _safetensors(file: Path) -> list[TensorHeader]:
                 raise ValueError(f"a header of {length} bytes")
             content = json.loads(stream.read(length))
         content.pop("__metadata__", None)
-        found = [TensorHeader(name, tuple(one["shape"]), str(one["dtype"]), file.name) for name, one in content.items()]
+        found = [_header(name, one, file) for name, one in content.items()]
         end = 8 + length + max((one["data_offsets"][1] for one in content.values()), default=0)
         size = file.stat().st_size
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise CheckpointError(f"{file} is damaged or incomplete ({error}); copy or make it again") from error
     if size != end:
         raise CheckpointError(f"{file} has {size} bytes where its header says {end}; copy or make it again")
     return found
+
+
+def _header(name: str, one: dict[str, Any], file: Path) -> TensorHeader:
+    shape, (begin, end) = one["shape"], one["data_offsets"]
+    if not all(type(size) is int and size >= 0 for size in (*shape, begin, end)):
+        raise ValueError(f"{name} has the shape {shape} at {begin} to {end}")
+    header = TensorHeader(name, tuple(shape), str(one["dtype"]), file.name)
+    if header.dtype in _BYTES and header.bytes != end - begin:
+        raise ValueError(f"{name} of {header.bytes} bytes lies in {end - begin}")
+    return header

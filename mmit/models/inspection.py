@@ -145,7 +145,8 @@ def _note_run(directory: Path, model: Path, found: Inspection) -> None:
 
 def _weight_files(directory: Path) -> list[Path]:
     """All files of tensors in a directory; those of an index and others alike. Pickles give way to safetensors."""
-    files = [file for file in sorted(directory.iterdir()) if file.suffix in WEIGHTS and file.name not in _NOT_WEIGHTS]
+    candidates = (file for file in sorted(directory.iterdir()) if file.is_file())
+    files = [file for file in candidates if file.suffix in WEIGHTS and file.name not in _NOT_WEIGHTS]
     whole = [file for file in files if file.name.startswith("model") and file.suffix == ".safetensors"]
     return [file for file in files if not (whole and file.name.startswith("pytorch_model"))]
 
@@ -211,7 +212,10 @@ def _check_index(directory: Path, tensors: list[TensorHeader], found: Inspection
 def _json(file: Path, found: Inspection) -> Json:
     try:
         content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         found.problems.append(f"{file.name} cannot be read: {error}")
         return {}
-    return content if isinstance(content, dict) else {}
+    if not isinstance(content, dict):
+        found.problems.append(f"{file.name} is damaged: it must hold one JSON object")
+        return {}
+    return content

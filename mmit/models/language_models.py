@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from mmit.errors import ConfigError
-from mmit.models.encoders import check_is_there
+from mmit.models.encoders import check_is_there, readable
 from mmit.models.placement import placement, take_whole
 
 ROWS_MULTIPLE = 64
@@ -30,25 +30,12 @@ def read_language_model(path: str, *, dtype: torch.dtype) -> PreTrainedModel:
     reader: Any = AutoModelForCausalLM
     kept = placement()
     report: dict[str, Any] = {"missing_keys": ()}
-    try:
-        with kept.born():
-            if kept.holds:
-                model, report = reader.from_pretrained(path, dtype=dtype, output_loading_info=True)
-            else:
-                model = reader.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
-                model.tie_weights()
-    except (OSError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise ConfigError(
-            f"model.language_model.path: {path} cannot be read as a causal language model: {first}"
-        ) from error
-    except RuntimeError as error:
-        if "mismatch" not in str(error):
-            raise
-        raise ConfigError(
-            f"model.language_model.path: {path} holds tensors of other shapes than its config.json says "
-            f"({' '.join(str(error).split())[:200]}); take a complete copy"
-        ) from error
+    with readable(path, key="model.language_model.path", what="a causal language model"), kept.born():
+        if kept.holds:
+            model, report = reader.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        else:
+            model = reader.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
+            model.tie_weights()
     if report["missing_keys"]:
         some = ", ".join(sorted(report["missing_keys"])[:3])
         raise ConfigError(

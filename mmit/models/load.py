@@ -21,7 +21,7 @@ from mmit.models.adapter_names import base_directory, holds_adapter
 from mmit.models.connectors import Connector, build_connector, instruction_reader
 from mmit.models.encoders import LayeredTower, VisionEncoder, encoders_of
 from mmit.models.formats import Contents, Format, detect, read_contents
-from mmit.models.formats.contents import Json
+from mmit.models.formats.contents import Json, buildable
 from mmit.models.hub_files import feature_layer, select_strategy
 from mmit.models.language_models import frame_language_model, grow_embeddings, token_table
 from mmit.models.loaded import LoadedModel
@@ -62,7 +62,8 @@ def load_model(
     section = model if isinstance(model, WholeModel) else WholeModel(path=str(model))
     contents, form = open_section(section)
     prepared = form.tokenizer(contents)
-    frame, encoder, connector = _frame(contents, form, dtype=dtype)
+    with buildable(contents.directory):
+        frame, encoder, connector = _frame(contents, form, dtype=dtype)
     tower = frame.get_submodule("vision_tower")
     projector = frame.get_submodule("multi_modal_projector")
     assert isinstance(tower, VisionEncoder)
@@ -77,7 +78,8 @@ def load_model(
             f"{contents.directory}: the tokenizer (with <image> and padding) has {len(prepared.tokenizer)} tokens, "
             f"the model {rows} embeddings; they do not belong together"
         )
-    spec = form.spec(contents, tower.image, projector.tokens(tower.patches))
+    with buildable(contents.directory):
+        spec = form.spec(contents, tower.image, projector.tokens(tower.patches))
     newline = None
     if spec.has_newline:
         newline = nn.Parameter(torch.empty(token_table(language_model).embedding_dim, dtype=dtype))

@@ -16,12 +16,12 @@ from transformers.initialization import no_init_weights
 from mmit.config import ComposedModel, WholeModel
 from mmit.config import Connector as ConnectorSection
 from mmit.encoding import Style
-from mmit.errors import ConfigError
 from mmit.images import ImageSpec
 from mmit.instructions import InstructionReader
 from mmit.models.build import image_spec
 from mmit.models.connectors import Connector, build_connector, instruction_reader
-from mmit.models.encoders import VisionEncoder, build_encoder
+from mmit.models.encoders import VisionEncoder, build_encoder, readable
+from mmit.models.formats.contents import buildable
 from mmit.models.load import chosen_template, open_section
 from mmit.templates import ChatTemplate
 from mmit.tokenizer import add_tokens, load_tokenizer, prepare_tokenizer
@@ -49,13 +49,8 @@ def _of_parts(section: ComposedModel) -> Outline:
     path = section.language_model.path
     tower = build_encoder(section.encoder, dtype=torch.float32)
     assert isinstance(tower, VisionEncoder), "build_encoder checks it"
-    try:
+    with readable(path, key="model.language_model.path", what="a causal language model"):
         config: Any = AutoConfig.from_pretrained(path).get_text_config()
-    except (OSError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise ConfigError(
-            f"model.language_model.path: {path} cannot be read as a causal language model: {first}"
-        ) from error
     connector = _connector(section.connector, tower, config.hidden_size)
     prepared = prepare_tokenizer(load_tokenizer(path), rows=config.vocab_size)
     add_tokens(prepared.tokenizer, section.language_model.new_tokens)
@@ -73,17 +68,19 @@ def _of_parts(section: ComposedModel) -> Outline:
 def _of_directory(section: WholeModel) -> Outline:
     contents, form = open_section(section)
     prepared = form.tokenizer(contents)
-    with no_init_weights():
-        tower, _ = form.tower(contents, torch.float32)
-    assert isinstance(tower, VisionEncoder)
-    text = form.text_config(contents)
-    text_config: Any = AutoConfig.for_model(text.get("model_type", "llama"), **_without_type(text))
-    described = TypeAdapter(ConnectorSection).validate_python(form.connector(contents))
-    connector = _connector(described, tower, text_config.hidden_size)
+    with buildable(contents.directory):
+        with no_init_weights():
+            tower, _ = form.tower(contents, torch.float32)
+        assert isinstance(tower, VisionEncoder)
+        text = form.text_config(contents)
+        text_config: Any = AutoConfig.for_model(text.get("model_type", "llama"), **_without_type(text))
+        described = TypeAdapter(ConnectorSection).validate_python(form.connector(contents))
+        connector = _connector(described, tower, text_config.hidden_size)
+        spec = form.spec(contents, tower.image, connector.tokens(tower.patches))
     return Outline(
         tokenizer=prepared.tokenizer,
         template=chosen_template(section, contents, form, prepared.tokenizer),
-        spec=form.spec(contents, tower.image, connector.tokens(tower.patches)),
+        spec=spec,
         image_id=prepared.image_id,
         pad_id=prepared.pad_id,
         style=form.style(contents),

@@ -19,6 +19,7 @@ from mmit.images import ImageSpec
 from mmit.models.adapter_names import adapts_tower, holds_adapter
 from mmit.models.encoders import LayeredTower, VisionEncoder, build_encoder, describe_towers, encoders_of, section_of
 from mmit.models.formats import Contents, Format, detect, read_contents
+from mmit.models.formats.contents import buildable
 from mmit.models.layout import tensors_of, to_disk
 from mmit.models.load import find_model_directory, open_section
 from mmit.models.weights import read_into
@@ -56,7 +57,7 @@ def read_tower_alone(section: ComposedModel | WholeModel, *, weights: Path | Non
         module, described = build_encoder(section.encoder, dtype=dtype), section_of(section.encoder)
     else:
         contents, form = open_section(section)
-        with no_init_weights():
+        with buildable(contents.directory), no_init_weights():
             module, described = form.tower(contents, dtype)
         if weights is None:
             _fill(module, form, contents, find_model_directory(section.path))

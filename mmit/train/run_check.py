@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from mmit.config import ComposedModel, RunConfig, Stage
 from mmit.errors import ConfigError, MmitError
@@ -16,6 +17,7 @@ from mmit.models import LoadedModel, build_model, load_weights
 from mmit.models.encoders import build_encoder
 from mmit.models.language_models import read_language_model
 from mmit.models.placement import SHAPES, placed
+from mmit.models.rules import check_frozen
 from mmit.train.feed import make_encode
 from mmit.train.origin import start_directory
 from mmit.train.trained import table
@@ -100,7 +102,12 @@ def _check_stage(config: RunConfig, name: str, loaded: LoadedModel, report: RunR
         directory = report.attempt(lambda: start_directory(config, name))
         if directory is not None:
             report.attempt(lambda: load_weights(model, directory, adapter="drop"))
-    if stage.lora is not None and stage.lora.quantize == "none":
+    if stage.data.features != "none":
+        tower = nn.Module()
+        tower.vision_tower = model.vision_tower
+        adapted = () if stage.lora is None else stage.lora.targets
+        report.attempt(lambda: check_frozen(stage.train, tower, adapted=adapted))
+    if stage.lora is not None:
         from mmit.models import begin_adapter  # imports peft, which takes longer than all the rest
 
         report.attempt(lambda: begin_adapter(model, stage.lora, None, seed=0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -18,6 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from mmit.config import RunConfig, Stage
 from mmit.config_file import resolved_yaml
+from mmit.data.atomic import write_whole
 from mmit.distributed import is_launched, logger, rank, ranks_that_differ, set_up_logging, world_size
 from mmit.errors import ConfigError, Interrupted, TrainingError
 from mmit.train.launch import end_with_launcher, is_complete
@@ -54,6 +56,13 @@ def train_stage(config: RunConfig, name: str, *, fresh: bool = False) -> Path:
     init_process_group()
     try:
         return _train(config, name, stop=stop, fresh=fresh)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        raise TrainingError(
+            f"{config.stage_folder(name)}: {error.strerror}; make room and run the same command again, which goes on "
+            "from the newest checkpoint"
+        ) from error
     finally:
         torch.distributed.destroy_process_group()
 
@@ -100,7 +109,7 @@ def _train(config: RunConfig, name: str, *, stop: StopRequest, fresh: bool) -> P
     try:
         ready = _make_ready(config, name, stop=stop)
         if rank() == 0:
-            (folder / "config.yaml").write_text(resolved_yaml(config), encoding="utf-8")
+            write_whole(folder / "config.yaml", resolved_yaml(config).encode())
         _announce(config, name, ready.feed)
         return _run(ready, stop=stop)
     finally:

@@ -203,6 +203,8 @@ def test_an_adapter_that_does_not_fit_is_refused(build: Build, tmp_path: Path) -
     refused("adapter_config.json has alpha_pattern, which mmit does not read")
     config.write_text(json.dumps(json.loads(described) | {"peft_type": "IA3"}))
     refused("adapter_config.json has the type IA3, which mmit does not read")
+    config.write_text(json.dumps(json.loads(described) | {"r": "x"}))
+    refused("must say r and lora_alpha as whole numbers above 0, not 'x' and 6")
 
 
 def test_frozen_weights_are_written_once_and_linked(build: Build, tmp_path: Path) -> None:

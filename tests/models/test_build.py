@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from factories import tiny_qwen_tokenizer
-from model_factories import tiny_llm_dir
+from model_factories import tiny_llm_dir, tiny_model_section
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -105,6 +106,19 @@ def test_a_language_model_that_is_missing_or_incomplete_is_named(
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"lacks 1 tensors \(model\.layers\.1\.mlp\.up_proj\.weight\)"):
         build_with(directory)
+
+
+@pytest.mark.parametrize(("part", "key"), [("encoder", "model.encoder.path"), ("llm", "model.language_model.path")])
+def test_the_weights_of_a_part_that_are_cut_off_or_gone_are_named_by_its_key(
+    tmp_path: Path, part: str, key: str
+) -> None:
+    section = ComposedModel.model_validate(tiny_model_section(tmp_path))
+    weights = tmp_path / {"encoder": "clip", "llm": "llama"}[part] / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size - 50)
+    for said in ("not fully covered", "no file named model.safetensors"):
+        with pytest.raises(ConfigError, match=f"{key}: {weights.parent} cannot be read as .*{said}"):
+            build_model(section, dtype=torch.float32, seed=0)
+        weights.unlink(missing_ok=True)
 
 
 def test_a_model_directory_is_found_in_a_stages_folder(tmp_path: Path) -> None:

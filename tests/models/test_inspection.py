@@ -112,6 +112,33 @@ def test_what_is_wrong_is_listed(folder: Path, tmp_path: Path) -> None:
     assert any("pytorch_model-1.bin is damaged" in text for text in inspect(directory).problems)
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[" * 100_000,
+        b"[]",
+        b'{"a": {"dtype": "F32", "shape": [-5, 7], "data_offsets": [0, 0]}}',
+        b'{"a": {"dtype": "F32", "shape": "abc", "data_offsets": [0, 0]}}',
+        b'{"a": {"dtype": "F32", "shape": [1.5, null], "data_offsets": [0, 0]}}',
+        b'{"a": {"dtype": "F32", "shape": [1000000000], "data_offsets": [0, 0]}}',
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, "x"]}}',
+    ],
+)
+def test_a_header_that_lies_is_told(header: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+    [problem] = inspect(file).problems
+    assert problem.startswith(f"{file} is damaged or incomplete")
+
+
+def test_what_is_no_plain_file_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[1]")
+    os.mkfifo(tmp_path / "model.safetensors")  # opening it would wait for a writer
+    found = inspect(tmp_path)
+    assert found.facts["weight files"] == {}
+    assert "config.json is damaged: it must hold one JSON object" in found.problems
+
+
 def test_a_large_file_is_told_at_once_and_a_short_one_as_incomplete(tmp_path: Path) -> None:
     """20 GB that take no space on the disk: values are never read."""
     rows, width = 1_000_000, 5_000

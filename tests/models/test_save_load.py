@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from mmit.config import ComposedModel
-from mmit.errors import CheckpointError
+from mmit.errors import CheckpointError, MmitError
 from mmit.models import LoadedModel, build_model, load_model, load_weights, save_model
 from mmit.models import save as save_module
 from mmit.models.encoders import TransformersTower
@@ -280,6 +280,29 @@ def test_a_directory_that_reads_the_encoder_elsewhere_is_refused(
     other = build_model(ComposedModel.model_validate(section), dtype=torch.float32, seed=1)
     with pytest.raises(CheckpointError, match=r"layer -2 \(default\), the run file at layer -1 \(default\)"):
         load_weights(other.model, directory)
+
+
+@pytest.mark.parametrize(
+    ("file", "keys", "value"),
+    [
+        ("config.json", ("text_config", "hidden_size"), "32"),
+        ("config.json", ("text_config", "hidden_size"), 10**12),
+        ("config.json", ("text_config", "num_hidden_layers"), 2.5),
+        ("config.json", ("vision_config", "patch_size"), 0),
+        ("mmit.json", ("connector",), "mlp"),
+        ("mmit.json", ("image",), 5),
+    ],
+)
+def test_an_impossible_description_is_one_sentence(
+    loaded: LoadedModel, tmp_path: Path, file: str, keys: tuple[str, ...], value: object
+) -> None:
+    directory = saved(loaded, tmp_path / "model")
+    content = read(directory, file)
+    place = content[keys[0]] if len(keys) > 1 else content
+    place[keys[-1]] = value
+    (directory / file).write_text(json.dumps(content))
+    with pytest.raises(MmitError, match=r"describes parts that cannot be built|cannot be loaded: Validation error"):
+        load_model(directory, dtype=torch.float32)
 
 
 def test_bf16_is_written_as_bf16(sections: dict[str, ComposedModel], tmp_path: Path) -> None:

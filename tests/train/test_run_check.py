@@ -133,6 +133,34 @@ def test_a_model_that_cannot_be_packed_is_told(tmp_path: Path) -> None:
     assert mistake.startswith("stages.one.batch.packing: MambaForCausalLM has layers of type linear_attention")
 
 
+def test_another_input_size_and_four_bits_are_checked_without_values(tmp_path: Path) -> None:
+    model = tiny_model_section(tmp_path / "parts")
+    model["encoder"]["image_size"] = 42
+    lora = {"train": {"lora": 1e-3}, "lora": {"rank": 4}}
+    path = run_file(tmp_path, model, plain=lora, packed={**lora, "lora": {"rank": 4, "quantize": "nf4"}})
+    report = checked(path)
+    assert report.mistakes == []
+    assert "lora " in report.trains["packed"]
+    # of 21 tensors the 14 matrices of two layers lie in four bits, which are no parameters
+    assert "language_model (frozen) 7 " in " ".join(report.trains["packed"].split())
+    assert "language_model (frozen) 21 " in " ".join(report.trains["plain"].split())
+
+
+def test_a_tower_that_is_trained_and_read_from_features_is_told(tmp_path: Path) -> None:
+    model = tiny_model_section(tmp_path / "parts")
+    data = {**DATA, "features": str(tmp_path / "features")}
+    path = run_file(
+        tmp_path,
+        model,
+        one={"train": {"connector": 1e-3, "vision_tower.layers.1-": 1e-5}, "data": data},
+        two={"train": {"lora": 1e-3}, "lora": {"targets": ["vision_tower"]}, "data": data},
+        three={"train": {"connector": 1e-3, "language_model": 1e-5}, "data": data},
+    )
+    tower, target = checked(path).mistakes
+    assert "the rule 'vision_tower.layers.1-' trains the vision tower, whose outputs are read" in tower
+    assert "'vision_tower' means layers of the vision tower, whose outputs are read" in target
+
+
 @pytest.mark.parametrize("kind", ["siglip_qwen2", "open_clip_llama"])
 def test_shapes_are_those_of_the_model_that_is_trained(tmp_path: Path, kind: Any) -> None:
     path = run_file(tmp_path, tiny_model_section(tmp_path / "parts", kind), one={"train": {"connector": 1e-3}})

@@ -10,7 +10,7 @@ from __future__ import annotations
 from mmit.models.encoders.build import build_encoder, describe_towers, frame_towers, layer_of, section_of
 from mmit.models.encoders.families import NOISE
 from mmit.models.encoders.fused import FusedTower, encoders_of
-from mmit.models.encoders.hub_towers import TransformersTower, check_is_there, tower_from_config
+from mmit.models.encoders.hub_towers import TransformersTower, check_is_there, readable, tower_from_config
 from mmit.models.encoders.tower import (
     Cls,
     HubForm,
@@ -40,6 +40,7 @@ __all__ = [
     "feature_layer",
     "frame_towers",
     "layer_of",
+    "readable",
     "section_of",
     "tower_from_config",
 ]

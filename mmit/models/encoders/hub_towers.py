@@ -6,11 +6,14 @@ All layers behind the last one that is read stay in memory, so that the tower ca
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, CLIPVisionModel, DINOv3ViTModel, PreTrainedConfig, PreTrainedModel
 
@@ -122,14 +125,15 @@ def read_tower(path: str, *, layer: Layer, cls: Cls, image_size: int | None, dty
         )
     reader = FAMILIES[vision.model_type].model
     report: dict[str, Any] = {"missing_keys": ()}
-    if placement().holds:
-        mapping = _HOLDING_A_TOWER.get(config.model_type)
-        model, report = reader.from_pretrained(
-            path, config=vision, dtype=dtype, output_loading_info=True, key_mapping=mapping
-        )
-    else:
-        with placement().born():
-            model = reader._from_config(vision, dtype=dtype)
+    with readable(path, key="model.encoder.path", what="a vision tower"):
+        if placement().holds:
+            mapping = _HOLDING_A_TOWER.get(config.model_type)
+            model, report = reader.from_pretrained(
+                path, config=vision, dtype=dtype, output_loading_info=True, key_mapping=mapping
+            )
+        else:
+            with placement().born():
+                model = reader._from_config(vision, dtype=dtype)
     if report["missing_keys"]:
         some = ", ".join(sorted(report["missing_keys"])[:3])
         raise ConfigError(
@@ -166,6 +170,7 @@ def with_input_size(model: PreTrainedModel, size: int) -> PreTrainedModel:
     family = FAMILIES[config.model_type]
     values = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "dtype")}
     made = family.model._from_config(family.config(**values | {"image_size": size}), dtype=model.dtype)
+    made.to(model.device)
     state = model.state_dict()
     if family.positions is not None:
         side = size // config.patch_size
@@ -179,8 +184,11 @@ def with_input_size(model: PreTrainedModel, size: int) -> PreTrainedModel:
 def image_input(processor: Mapping[str, Any], *, size: int) -> ImageInput:
     """Mean and std of a preprocessor configuration, with the tower's own input size."""
     mean, std = processor.get("image_mean"), processor.get("image_std")
-    if not (isinstance(mean, list) and isinstance(std, list) and len(mean) == len(std) == 3):
-        raise ConfigError("the encoder's preprocessor_config.json lacks image_mean and image_std of three numbers")
+    lists = isinstance(mean, list) and isinstance(std, list) and len(mean) == len(std) == 3
+    if not lists or not all(isinstance(value, int | float) for value in (*mean, *std)) or min(std) <= 0:
+        raise ConfigError(
+            "the encoder's preprocessor_config.json lacks image_mean and image_std of three numbers, the latter above 0"
+        )
     return ImageInput(
         size=(size, size),
         mean=cast("tuple[float, float, float]", tuple(mean)),
@@ -194,6 +202,27 @@ def check_is_there(path: str, *, key: str) -> None:
         raise ConfigError(f"{key}: there is no directory {path}")
 
 
+@contextmanager
+def readable(path: str, *, key: str, what: str) -> Generator[None]:
+    """While in force, what is raised of a directory that is damaged, incomplete or impossible is a ConfigError.
+
+    key: of the run file, which names ``path``. what: it should be.
+    """
+    wrong = (ArithmeticError, OSError, SafetensorError, StrictDataclassError, TypeError, ValueError)
+    try:
+        yield
+    except wrong as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{key}: {path} cannot be read as {what}: {reason}") from error
+    except RuntimeError as error:
+        if "mismatch" not in str(error):
+            raise
+        raise ConfigError(
+            f"{key}: {path} holds tensors of other shapes than its config.json says "
+            f"({' '.join(str(error).split())[:200]}); take a complete copy"
+        ) from error
+
+
 def _side(config: Any) -> int:  # noqa: ANN401  (a vision configuration)
     sizes = {config.image_size} if isinstance(config.image_size, int) else set(config.image_size)
     if len(sizes) != 1 or not isinstance(config.patch_size, int):
@@ -203,18 +232,16 @@ def _side(config: Any) -> int:  # noqa: ANN401  (a vision configuration)
 
 def _read_config(path: str) -> PreTrainedConfig:
     check_is_there(path, key="model.encoder.path")
-    try:
+    with readable(path, key="model.encoder.path", what="a transformers model"):
         return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise ConfigError(f"model.encoder.path: {path} cannot be read as a transformers model: {first}") from error
 
 
 def _read_processor(path: str) -> dict[str, Any]:
     """The image processor's settings: its own file, or part of the one that version 5 writes for a whole model."""
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (file := _file(path, name)) is not None:
-            found = json.loads(file.read_text(encoding="utf-8"))
+            with readable(path, key="model.encoder.path", what=f"an encoder with {name}"):
+                found = dict(json.loads(file.read_text(encoding="utf-8")))
             found = found if name.startswith("pre") else found.get("image_processor")
             if found is not None:
                 return found

@@ -127,5 +127,5 @@ def check_input_size(size: int, patch: int) -> None:
         below = size - size % patch
         raise ConfigError(
             f"model.encoder.image_size: {size} is no multiple of the patch size {patch}; "
-            f"take {below or patch} or {below + patch}"
+            f"take {f'{below} or ' if below else ''}{below + patch}"
         )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
 
 from mmit.errors import CheckpointError
 from mmit.models.adapter_names import base_directory
@@ -53,6 +56,19 @@ class Contents:
         if not isinstance(found, dict):
             raise CheckpointError(f"{self.directory}/config.json lacks text_config, which describes the language model")
         return found
+
+
+@contextmanager
+def buildable(directory: Path) -> Generator[None]:
+    """While in force, what the libraries raise of impossible descriptions becomes a CheckpointError."""
+    wrong = (ArithmeticError, AttributeError, KeyError, RuntimeError, StrictDataclassError, TypeError, ValueError)
+    try:
+        yield
+    except wrong as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{directory}: config.json or mmit.json describes parts that cannot be built ({reason}); take a whole copy"
+        ) from error
 
 
 def read_contents(directory: Path, *, base: str = "", tower: str = "") -> Contents:
