@@ -290,7 +290,7 @@ def test_a_directory_that_reads_the_encoder_elsewhere_is_refused(
         ("config.json", ("text_config", "num_hidden_layers"), 2.5),
         ("config.json", ("vision_config", "patch_size"), 0),
         ("mmit.json", ("connector",), "mlp"),
-        ("mmit.json", ("image",), 5),
+        ("mmit.json", ("images",), 5),
     ],
 )
 def test_an_impossible_description_is_one_sentence(

@@ -44,7 +44,8 @@ __all__ = [
 def detect(contents: Contents) -> Format:
     """The format of a model directory. Raises CheckpointError for one that is unknown or cannot be read."""
     directory, config = contents.directory, contents.config
-    if int(contents.own.get("format", 0)) > FORMAT:
+    number = contents.own.get("format", 0)
+    if not isinstance(number, int) or number > FORMAT:
         raise CheckpointError(
             f"{directory}/mmit.json has format {contents.own['format']}, newer than {FORMAT}: update mmit"
         )
