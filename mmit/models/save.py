@@ -91,9 +91,10 @@ def save_model(
             write_adapter(loaded.model, state, fresh, place=place, style=loaded.style)
         take_place(fresh, directory)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(fresh, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"cannot write the model to {directory}: {reason}") from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def _write(

@@ -201,6 +201,16 @@ def test_a_full_disk_leaves_the_old_directory_and_nothing_else(
     assert files_of(tmp_path) == {"model"}
 
 
+def test_ctrl_c_while_writing_leaves_nothing(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(save_module, "take_place", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        saved(build(), tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_new_model_takes_the_place_of_the_old(build: Build, tmp_path: Path) -> None:
     loaded = build()
     directory = saved(loaded, tmp_path / "model")
