@@ -199,17 +199,13 @@ def main() -> None:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="matrix-") as name:
         parts = Path(name)
-        from family_factories import write_family
-
-        for family in LANGUAGE_MODELS:
-            write_family(family, parts)
-        sections = encoder_sections(parts / "encoders")
+        sections = write_parts(parts)
         tasks = [
             (encoder, connector, llm, content(sections[encoder], CONNECTORS[connector], parts / llm, llm), parts)
             for encoder, connector, llm in itertools.product(sections, CONNECTORS, LANGUAGE_MODELS)
         ]
         tasks = tasks[: asked.limit or None]
-        with multiprocessing.get_context("spawn").Pool(asked.processes) as pool:
+        with multiprocessing.get_context("spawn").Pool(asked.processes, initializer=name_toys) as pool:
             cells = []
             for cell in pool.imap(run_cell, tasks, chunksize=4):
                 cells.append(cell)
@@ -217,6 +213,27 @@ def main() -> None:
                     print(f"{len(cells)} of {len(tasks)} cells, {time.perf_counter() - started:.0f} s", flush=True)
     asked.out.write_text(page(cells, seconds=time.perf_counter() - started), encoding="utf-8")
     print(f"wrote {asked.out}")
+
+
+def name_toys() -> None:
+    """Make the names of the toy ViTs known to timm; called in every process."""
+    import tiny_timm
+
+    assert tiny_timm.weights_of
+
+
+def write_parts(parts: Path) -> dict[str, Any]:
+    """The toy language models and encoders below ``parts``; the encoders' sections."""
+    from family_factories import write_family
+    from transformers import MistralConfig
+
+    for family in LANGUAGE_MODELS:
+        write_family(family, parts)
+    # the tests' window of 4 tokens, in 2 layers, would keep the answer from seeing the picture
+    window = MistralConfig.from_pretrained(parts / "mistral")
+    window.sliding_window = 128
+    window.save_pretrained(parts / "mistral")
+    return encoder_sections(parts / "encoders")
 
 
 def content(encoder: Any, connector: dict[str, Any], path: Path, family: str) -> dict[str, Any]:
