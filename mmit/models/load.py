@@ -176,6 +176,10 @@ def chosen_template(
     return form.adapt_template(contents, ChatTemplate.load(name, tokenizer))
 
 
+def _is_step(folder: Path) -> bool:
+    return folder.name.removeprefix("step-").isdecimal()
+
+
 def find_model_directory(path: Path | str) -> Path:
     """The model directory that ``path`` means: itself, a stage's ``model/``, or its newest complete checkpoint's.
 
@@ -185,7 +189,7 @@ def find_model_directory(path: Path | str) -> Path:
     if not path.is_dir():
         raise CheckpointError(f"there is no model directory {path}")
     complete = sorted(
-        (mark.parent for mark in path.glob(f"checkpoints/step-*/{MARKER}")),
+        (mark.parent for mark in path.glob(f"checkpoints/step-*/{MARKER}") if _is_step(mark.parent)),
         key=lambda folder: int(folder.name.removeprefix("step-")),
     )
     for candidate in (path, path / "model", *(folder / "model" for folder in reversed(complete))):

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import torch
 from transformers.utils.logging import disable_progress_bar
@@ -24,6 +22,7 @@ from mmit.distributed import is_launched, logger, rank, ranks_that_differ, set_u
 from mmit.errors import ConfigError, Interrupted, TrainingError
 from mmit.train.launch import end_with_launcher, is_complete
 from mmit.train.settings import deciding_settings
+from mmit.train.stage_folder import open_folder
 from mmit.train.stage_parts import attend, build, make_engine
 
 if TYPE_CHECKING:
@@ -105,7 +104,7 @@ def _train(config: RunConfig, name: str, *, stop: StopRequest, fresh: bool) -> P
     from mmit.train import checkpoint
 
     folder = config.stage_folder(name)
-    lock = checkpoint.collectively(lambda: _open_folder(folder, fresh=fresh) if rank() == 0 else None, what=folder)
+    lock = checkpoint.collectively(lambda: open_folder(folder, fresh=fresh) if rank() == 0 else None, what=folder)
     try:
         ready = _make_ready(config, name, stop=stop)
         if rank() == 0:
@@ -239,29 +238,6 @@ def _run(ready: _Ready, *, stop: StopRequest) -> Path:
         watchdog.close()
         if recorder is not None:
             recorder.close()
-
-
-def _open_folder(folder: Path, *, fresh: bool) -> IO[str]:
-    """Make the folder of a stage, and hold it: the lock is free again when the file is closed or this process ends."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = (folder.parent / f".{folder.name}.lock").open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"{folder} is being trained by another process; wait for it or take another 'output'"
-            ) from None
-        if fresh and folder.exists() and any(folder.iterdir()):  # a run that failed early leaves an empty one
-            if not (folder / "config.yaml").is_file():
-                raise ConfigError(
-                    f"--fresh would remove {folder}, which no run of mmit has written; remove it yourself"
-                )
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"output {folder}: cannot be written: {error.strerror}") from None
-    return lock
 
 
 def _announce(config: RunConfig, name: str, feed: Feed) -> None:
