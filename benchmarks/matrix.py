@@ -64,8 +64,8 @@ def encoder_sections(folder: Path) -> dict[str, Any]:
     from tiny_timm import weights_of
 
     def of_timm(name: str) -> dict[str, Any]:
-        weights_of(timm.create_model(name), folder / f"{name}.safetensors")
-        return {"type": "timm", "name": name, "pretrained": str(folder / f"{name}.safetensors")}
+        weights_of(timm.create_model(name), folder / f"{name}.pt")
+        return {"type": "timm", "name": name, "pretrained": str(folder / f"{name}.pt")}
 
     def read(path: Path, **keys: Any) -> dict[str, Any]:
         return {"type": "transformers", "path": str(path), **keys}
@@ -162,13 +162,13 @@ def page(cells: list[Cell], *, seconds: float) -> str:
         "Written by `.venv/bin/python benchmarks/matrix.py`, which composed every cell at toy size, took the gradient",
         "of a sample with a picture, saved, exported and opened the export again",
         f"({len(cells)} cells, {seconds:.0f} s). A cell names the class of transformers that opened it with the same",
-        "logits and the same greedy answer: **L** is Llava, **I** is InstructBlip; **own** is mmit's own layout, where",
-        "no class holds it. **+o** says that LLaVA's original layout holds it too, read back with the same bits.",
+        "logits and the same greedy answer: **L** is LlavaForConditionalGeneration; **own** is mmit's own layout,",
+        "where no class holds it. **+o** says that LLaVA's original layout holds it too, read back with the same bits.",
         "",
         "In all: " + ", ".join(f"{name} {count}" for name, count in counts.most_common()) + ".",
         "",
     ]
-    short = {"LlavaForConditionalGeneration": "L", "InstructBlipForConditionalGeneration": "I"}
+    short = {"LlavaForConditionalGeneration": "L"}
     language_models = [name for name in LANGUAGE_MODELS if any(cell.language_model == name for cell in cells)]
     for encoder in dict.fromkeys(cell.encoder for cell in cells):
         lines += [
