@@ -13,7 +13,7 @@ import yaml.constructor
 from pydantic import BaseModel, Tag, ValidationError
 from pydantic_core import ErrorDetails
 
-from mmit.config import RunConfig
+from mmit.config.run import RunConfig
 from mmit.errors import ConfigError
 
 
