@@ -189,6 +189,7 @@ def _run(ready: _Ready, *, stop: StopRequest) -> Path:
     done, first = state.step, state.step + 1
 
     def save() -> None:
+        watchdog.mark(SAVING, step=done)
         checkpoint.save(
             folder / "checkpoints",
             ready.engine,
@@ -209,7 +210,6 @@ def _run(ready: _Ready, *, stop: StopRequest) -> Path:
             )
             if recorder is not None:
                 recorder.add_evaluation(record)
-            watchdog.mark(SAVING, step=step)
         if step % stage.save.every_steps == 0 and step < steps:
             save()
 
@@ -233,6 +233,7 @@ def _run(ready: _Ready, *, stop: StopRequest) -> Path:
             if done > state.step:
                 save()
             raise Interrupted(f"stage {ready.name}: saved at step {done} of {steps}; the same command continues it")
+        watchdog.mark(SAVING, step=done)
         return _finish(folder, write_model, ready.features)
     finally:
         watchdog.close()

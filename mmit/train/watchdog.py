@@ -57,7 +57,8 @@ def verdict(beats: Mapping[int, Beat], silent: Mapping[int, float], *, limit: fl
     """
     armed = any(beat.limit for beat in beats.values())
     for number, beat in sorted(beats.items()):
-        if armed and silent[number] > limit:
+        # Writing a large file can keep a rank's threads from running: a rank that saves may be silent.
+        if armed and beat.phase != SAVING and silent[number] > limit:
             return (
                 f"rank {number} on {beat.host} has not been heard for {silent[number]:.0f} s: it was stopped, or its "
                 f"machine is gone; last {beat.phase} step {beat.step}{_at(beat)}"

@@ -38,6 +38,8 @@ def test_a_silent_rank_is_named() -> None:
 
 def test_saving_may_take_long_and_nothing_is_judged_before_the_second_step() -> None:
     assert verdict({0: FINE, 1: replace(READS, phase=SAVING)}, HEARD, limit=25.0) is None
+    saves = replace(READS, phase=SAVING)
+    assert verdict({0: FINE, 1: saves}, {0: 1.0, 1: 99.0}, limit=25.0) is None  # a large file is being written
     starts = replace(READS, limit=0.0)
     assert verdict({0: starts, 1: starts}, {0: 99.0, 1: 99.0}, limit=25.0) is None
 
