@@ -22,7 +22,7 @@ def convert(
     source: Annotated[str, typer.Argument(help="Records (JSON, JSONL, CSV, TSV, a folder), or the name of a recipe.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Directory for the shards.")] = None,
     images: Annotated[Path | None, typer.Option(help="Folder that the records' image paths start from.")] = None,
-    reader: Annotated[str, typer.Option(help="The form of the records; see docs/recipes.md.")] = "llava_json",
+    reader: Annotated[str, typer.Option(help="The form of the records (docs/recipes.md); auto looks.")] = "auto",
     prompt: Annotated[str, typer.Option(help="Question put before every caption (captions only).")] = "",
     max_bad: Annotated[float, typer.Option(min=0, max=1, help="Share of bad records that is tolerated.")] = 0.001,
     follow_links: Annotated[bool, typer.Option("--follow-links", help="Read pictures through links.")] = False,
@@ -34,13 +34,14 @@ def convert(
     from mmit.data import load_recipe
     from mmit.data.convert import Conversion
     from mmit.data.convert import convert as run
+    from mmit.data.sources.own import fitting_reader
     from mmit.errors import ConfigError
 
     if Path(source).exists() or out is not None:
         if out is None:
             raise ConfigError("--out is missing: say where the shards are to be written")
         conversion = Conversion(
-            reader=reader,
+            reader=fitting_reader(Path(source)) if reader == "auto" else reader,
             source=Path(source),
             target=out,
             name=out.name,

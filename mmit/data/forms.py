@@ -29,8 +29,8 @@ _ROLES: Mapping[str, Role] = {
     "model": "assistant",
     "system": "system",
 }
-_CAPTION_KEYS = ("caption", "text", "description")
-_IMAGE_KEYS = ("image", "file_name", "filename", "image_path", "path", "file")
+CAPTION_KEYS = ("caption", "text", "description")
+IMAGE_KEYS = ("image", "file_name", "filename", "image_path", "path", "file")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,13 +93,13 @@ def caption(record: Mapping[str, Any], prompt: str = "") -> Record:
     The columns may be called image, file_name, filename, image_path, path or file, and caption, text or description.
     Raises SampleError.
     """
-    image, image_key = _first(record, _IMAGE_KEYS, "image")
-    text, text_key = _first(record, _CAPTION_KEYS, "caption")
+    image, image_key = _first(record, IMAGE_KEYS, "image")
+    text, text_key = _first(record, CAPTION_KEYS, "caption")
     question: tuple[Part, ...] = (ImageRef(0), prompt) if prompt else (ImageRef(0),)
     turns = [Message(role="user", content=question), Message(role="assistant", content=(text.strip(),))]
     return Record(
         messages=checked_turns(turns),
-        images=(_image(image),),
+        images=(_image(image.strip()),),
         meta=_meta(record, without=(image_key, text_key)),
     )
 

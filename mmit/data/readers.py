@@ -11,6 +11,7 @@ import errno
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 from mmit.conversation import Conversation
 from mmit.data import forms, rows
 from mmit.data.faults import SampleError, SkippedError, StorageError
+from mmit.data.index import IMAGE_TYPES
 from mmit.data.order import key, permutation, windowed
 from mmit.data.sources import box_texts, instructions, templated
 from mmit.data.sources.custom import open_custom
@@ -28,6 +30,7 @@ from mmit.data.sources.instructions import InstructionOptions
 from mmit.data.sources.mimicit import MimicItOptions, open_mimicit
 from mmit.data.sources.names import PictureOptions, candidates
 from mmit.data.sources.options import checked, split_options
+from mmit.data.sources.own import QuestionOptions, open_questions
 from mmit.data.sources.parquet import KEPT_GROUPS, ParquetRows
 from mmit.data.sources.prompt_target import PromptTargetOptions, open_prompt_target
 from mmit.data.sources.videos import VideoOptions, open_videos
@@ -124,7 +127,14 @@ class ImageRoot:
         if self.options.missing_images == "skip":
             raise SkippedError("a picture is missing")
         also = f", nor as {' or '.join(names[1:])}" if names[1:] else ""
-        raise SampleError(f"image '{names[0]}' is not below {self.root}{also}")
+        raise SampleError(f"image '{names[0]}' is not below {self.root}{also}{self._hint(names[0])}")
+
+    def _hint(self, reference: str) -> str:
+        """The file that was perhaps meant: of the same name but for its case or its extension."""
+        folder, _, name = reference.rpartition("/")
+        stems = _stems(os.path.join(self.root, folder))
+        meant = stems.get(name.lower()) or stems.get(name.lower().rpartition(".")[0])
+        return f"; there is '{meant}'" if meant else ""
 
     def _read(self, reference: str) -> bytes | None:
         """The bytes of one file; None where there is none."""
@@ -148,6 +158,16 @@ class ImageRoot:
 
     def _holds(self, path: str) -> bool:
         return path.startswith(self.root.rstrip("/") + "/")
+
+
+@lru_cache(maxsize=16)
+def _stems(folder: str) -> dict[str, str]:
+    """The pictures in a folder by their names in lower case, with and without extension."""
+    try:
+        names = [name for name in sorted(os.listdir(folder)) if name.rpartition(".")[2].lower() in IMAGE_TYPES]
+    except OSError:
+        return {}
+    return {name.lower().rpartition(".")[0]: name for name in names} | {name.lower(): name for name in names}
 
 
 def _with_task(meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -263,6 +283,7 @@ READERS: Mapping[str, Kind] = {
     "llava_json": Kind(InstructionOptions, instructions.open_llava),
     "messages": Kind(NoOptions, _messages),
     "captions": Kind(NoOptions, _captions),
+    "questions": Kind(QuestionOptions, open_questions),
     "rows": Kind(InstructionOptions, instructions.open_rows),
     "table": Kind(templated.TemplateOptions, templated.open_table),
     "join": Kind(templated.JoinOptions, templated.open_join),

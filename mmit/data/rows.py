@@ -58,8 +58,8 @@ def open_json(path: Path) -> Rows:
 
 
 def open_table(path: Path) -> Rows:
-    """The rows of a CSV or TSV file with column names in its first line. Raises DataError."""
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    """The rows of a CSV or TSV file with column names in its first line, also one with semicolons. Raises DataError."""
+    delimiter = _delimiter(path)
     spans: list[tuple[int, int]] = []
     at = 0
 
@@ -70,20 +70,32 @@ def open_table(path: Path) -> Rows:
             try:
                 yield line.decode("utf-8-sig" if at == len(line) else "utf-8")
             except UnicodeDecodeError:
-                raise DataError(f"{path}: byte {at - len(line)}: the line is not UTF-8") from None
+                raise DataError(
+                    f"{path}: the line at byte {at - len(line)} is not UTF-8; save the table as UTF-8 (Excel calls it "
+                    "CSV UTF-8)"
+                ) from None
 
     with _opened(path) as file:
         start, names = 0, None
         try:
             for cells in csv.reader(lines(file), delimiter=delimiter, strict=True):
                 if names is None:
-                    names = cells
+                    names = [cell.strip() for cell in cells]
                 elif cells:
                     spans.append((start, at - start))
                 start = at
         except csv.Error as error:
             raise DataError(f"{path}:{_line_of(path, start)}: the table is broken: {error}") from None
     return _Spans(path, _array(spans), partial(_parse_table, tuple(names or ()), delimiter))
+
+
+def _delimiter(path: Path) -> str:
+    """What parts the cells of a table: Excel takes semicolons where the comma is a decimal sign."""
+    if path.suffix.lower() == ".tsv":
+        return "\t"
+    with _opened(path) as file:
+        names = file.readline()
+    return ";" if b";" in names and b"," not in names else ","
 
 
 class FolderRows:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
 from typing import Literal
 
-from PIL import Image
-
 from mmit.conversation import Conversation
+from mmit.data.control import blank_picture
 
 Pictures = Literal["true", "blank", "other"]
 PICTURES: tuple[Pictures, ...] = ("true", "blank", "other")
-
-GREY = (127, 127, 127)
 
 
 def with_pictures(conversations: Sequence[Conversation], pictures: Pictures) -> list[Conversation]:
@@ -27,7 +22,7 @@ def with_pictures(conversations: Sequence[Conversation], pictures: Pictures) -> 
     if pictures == "true":
         return list(conversations)
     if pictures == "blank":
-        return [replace(c, images=tuple(_blank(*size) for size in c.sizes)) for c in conversations]
+        return [replace(c, images=tuple(blank_picture(size) for size in c.sizes)) for c in conversations]
     alike: dict[int, list[int]] = {}
     for number, conversation in enumerate(conversations):
         alike.setdefault(len(conversation.images), []).append(number)
@@ -38,10 +33,3 @@ def with_pictures(conversations: Sequence[Conversation], pictures: Pictures) -> 
         replace(c, images=conversations[lender[n]].images, sizes=conversations[lender[n]].sizes)
         for n, c in enumerate(conversations)
     ]
-
-
-@cache
-def _blank(width: int, height: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (width, height), GREY).save(buffer, "PNG")
-    return buffer.getvalue()

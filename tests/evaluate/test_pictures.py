@@ -5,7 +5,8 @@ import io
 from PIL import Image
 
 from mmit.conversation import Conversation, ImageRef, Message
-from mmit.evaluate.pictures import GREY, with_pictures
+from mmit.data.control import GREY
+from mmit.evaluate.pictures import with_pictures
 
 
 def sample(name: str, *images: bytes) -> Conversation:

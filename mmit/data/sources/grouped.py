@@ -98,7 +98,7 @@ class Grouped:
         for number in range(len(single)):
             value = _value(single, number, by)
             # one that is bad or cannot be grouped stands alone, so that no other is lost with it
-            groups.setdefault((by, number) if value is None else value, []).append(number)
+            groups.setdefault((by, number) if value in (None, "") else value, []).append(number)
         self.groups = [
             numbers[start : start + most] for numbers in groups.values() for start in range(0, len(numbers), most)
         ]
