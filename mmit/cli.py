@@ -29,6 +29,7 @@ app.command("export")(cli_models.export)
 app.command("doctor")(cli_machine.doctor)
 app.command("launch")(cli_machine.launch)
 app.command("inspect")(cli_models.inspect)
+app.command("new")(cli_runs.new)
 app.command("report")(cli_runs.report)
 app.command("diff")(cli_runs.diff)
 

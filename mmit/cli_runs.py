@@ -1,4 +1,4 @@
-"""The verbs about what was trained: ``mmit report`` and ``mmit diff``."""
+"""The verbs around a run: ``mmit new`` before it, ``mmit report`` and ``mmit diff`` after it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,19 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+
+def new(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The run file to write; must not exist.")],
+    model: Annotated[str, typer.Option(help="The model to tune: a directory, or a name on the hub.")],
+    data: Annotated[str, typer.Option(help="Shards to train on, made by `mmit data convert`.")],
+    held_out: Annotated[str, typer.Option(help="Shards to measure on; else a part of --data is kept apart.")] = "",
+) -> None:
+    """Write a run file that tunes a model on your data with LoRA, with numbers that fit its size."""
+    from mmit.train.new_run import Sets, write_new_run
+
+    for line in write_new_run(file, model, Sets(data=data, held_out=held_out)):
+        typer.echo(line)
 
 
 def report(

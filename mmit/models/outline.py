@@ -29,7 +29,10 @@ from mmit.tokenizer import add_tokens, load_tokenizer, prepare_tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class Outline:
-    """How a model's samples are encoded; the same as in the ``LoadedModel`` of the same section."""
+    """How a model's samples are encoded; the same as in the ``LoadedModel`` of the same section.
+
+    context: most tokens that the language model says it takes; 0 where it says nothing.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     template: ChatTemplate
@@ -38,6 +41,7 @@ class Outline:
     pad_id: int
     style: Style
     instructions: InstructionReader | None = None
+    context: int = 0
 
 
 def read_outline(section: ComposedModel | WholeModel) -> Outline:
@@ -62,6 +66,7 @@ def _of_parts(section: ComposedModel) -> Outline:
         pad_id=prepared.pad_id,
         style=section.language_model.text_style,
         instructions=instruction_reader(connector),
+        context=_context(config),
     )
 
 
@@ -85,7 +90,12 @@ def _of_directory(section: WholeModel) -> Outline:
         pad_id=prepared.pad_id,
         style=form.style(contents),
         instructions=instruction_reader(connector),
+        context=_context(text_config),
     )
+
+
+def _context(text_config: Any) -> int:  # noqa: ANN401  (each family has its own class)
+    return int(getattr(text_config, "max_position_embeddings", None) or 0)
 
 
 def _without_type(text_config: dict[str, Any]) -> dict[str, Any]:
