@@ -105,6 +105,7 @@ class Batch:
     by_source: where the loss of each source of the mixture is asked for; else None.
     features: (N, P, D_vision) bf16, what the encoder made of the tiles; there are no pixels then.
     instructions: of every tile, where the connector reads them (None also where there is no tile).
+    squares: sum of the squares of the samples' lengths, which the work of attention grows with.
     """
 
     input_ids: Tensor
@@ -118,6 +119,7 @@ class Batch:
     by_source: BySource | None = None
     features: Tensor | None = None
     instructions: Instructions | None = None
+    squares: int = 0
 
     @property
     def tiles(self) -> int:
@@ -199,6 +201,7 @@ def collate(
         by_source=None if sources is None else _by_source(rows, sources, source_count),
         features=feature_size and torch.cat([torch.zeros((0, *feature_size), dtype=torch.bfloat16), *features]),
         instructions=join_instructions(questions) if questions else None,
+        squares=sum(sample.length**2 for row in rows for sample in row),
     )
 
 

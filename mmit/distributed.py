@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from mmit.errors import ConfigError
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 logger = logging.getLogger("mmit")
+T = TypeVar("T")
 
 
 def _from_launcher(name: str, default: int) -> int:
@@ -65,14 +66,20 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     return values
 
 
-def ranks_that_differ(value: str) -> dict[int, str]:
-    """What the other ranks say where it is not what rank 0 says: rank -> its value; collective."""
+def gathered(value: T) -> list[T]:
+    """What every rank gives, by rank; collective. For small things: it is pickled among the ranks."""
     import torch.distributed as dist
 
     if not (dist.is_available() and dist.is_initialized()):
-        return {}
-    said: list[str] = [""] * dist.get_world_size()
+        return [value]
+    said: list[T] = [value] * dist.get_world_size()
     dist.all_gather_object(said, value)
+    return said
+
+
+def ranks_that_differ(value: str) -> dict[int, str]:
+    """What the other ranks say where it is not what rank 0 says: rank -> its value; collective."""
+    said = gathered(value)
     return {number: other for number, other in enumerate(said) if other != said[0]}
 
 

@@ -21,12 +21,13 @@ from mmit.config.connectors import (
 )
 from mmit.config.data import SUBSET, Batching, Data, Source
 from mmit.config.encoders import Encoder, OneEncoder, OpenClipEncoder, TimmEncoder, TransformersEncoder
+from mmit.config.insight import Evaluate, Log, Spike, Trackio, WandB
 from mmit.config.model import ComposedModel, LanguageModel, Model, WholeModel
 from mmit.config.parts import CustomPart
 from mmit.config.run import NAME, RunConfig
 from mmit.config.sections import Section, parse_count
 from mmit.config.tiling import AnyresTiling, DynamicTiling
-from mmit.config.training import Evaluate, Launch, Log, Lora, Optim, Save, Stage, Zero
+from mmit.config.training import Launch, Lora, Optim, Save, Stage, Zero
 
 __all__ = [
     "NAME",
@@ -60,9 +61,12 @@ __all__ = [
     "Save",
     "Section",
     "Source",
+    "Spike",
     "Stage",
     "TimmEncoder",
+    "Trackio",
     "TransformersEncoder",
+    "WandB",
     "WholeModel",
     "Zero",
     "load_config",

@@ -14,7 +14,8 @@ from pydantic import (
     model_validator,
 )
 
-from mmit.config.data import Batching, Data, Source
+from mmit.config.data import Batching, Data
+from mmit.config.insight import Evaluate, Log, Spike
 from mmit.config.sections import MANY, BelowOne, Fraction, Section
 
 
@@ -62,38 +63,6 @@ class Save(Section):
     """Steps between checkpoints."""
     keep_last: PositiveInt = 2
     """Complete checkpoints that are kept; older ones are removed."""
-
-
-class Log(Section):
-    """What is written while training."""
-
-    every_steps: PositiveInt = 1
-    """Steps between lines of the log; metrics.jsonl holds every step."""
-    by_source: bool = False
-    """Also write the loss of each source of the mixture, as ``loss_by_source``."""
-    tensorboard: bool = False
-    """Also write event files (needs the extra ``track``)."""
-
-
-class Evaluate(Section):
-    """Held-out samples that are measured while training: their loss, and what the pictures are worth in it."""
-
-    mix: Annotated[list[Source], Field(min_length=1)]
-    """The held-out data sets; none of their samples may be trained on."""
-    every_steps: PositiveInt = 500
-    """Steps between measurements; there is one at the end too."""
-    samples: PositiveInt = 256
-    """Most samples of each data set, chosen at random."""
-    visual_gain: bool = False
-    """Also measure with a blank picture and with another sample's: how much higher the loss is then is what the
-    pictures are worth."""
-
-    @field_validator("mix")
-    @classmethod
-    def _each_sample_once(cls, mix: list[Source]) -> list[Source]:
-        if any(source.epochs != 1.0 or source.samples is not None or source.weight is not None for source in mix):
-            raise ValueError("held-out samples are measured once each: take 'epochs', 'samples' and 'weight' out")
-        return mix
 
 
 class Lora(Section):
@@ -150,6 +119,8 @@ class Stage(Section):
     log: Log = Log()
     evaluate: Evaluate | None = None
     """Measure the loss on held-out samples while training."""
+    spike: Spike | None = None
+    """What to do with a step whose loss jumps; without it nothing is judged."""
 
     @field_validator("train")
     @classmethod

@@ -34,6 +34,7 @@ from mmit.errors import CheckpointError, MmitError, OtherRankFailed
 from mmit.train import engine_state
 from mmit.train.engine import Engine, device
 from mmit.train.settings import check_unchanged, deciding_settings
+from mmit.train.spikes import SpikeState
 
 MARKER = "COMPLETE"
 FILES = "files.json"
@@ -44,7 +45,7 @@ VERSION = 2
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """What a checkpoint must agree on with the run that continues it, and the broken samples of each source so far."""
+    """What a checkpoint must agree on with the run that continues it; and the broken samples of each source so far."""
 
     step: int
     stage: str
@@ -54,6 +55,7 @@ class RunState:
     precision: str
     settings: Mapping[str, Any]
     skipped: Mapping[str, int] = field(default_factory=dict)
+    spikes: SpikeState = SpikeState()
     version: int = VERSION
 
 
@@ -237,7 +239,7 @@ def resume(folder: Path, engine: Engine, wanted: RunState, *, steps: int, config
         logger.info("continues from %s", checkpoint)
         if (stored.world, stored.zero_stage) != (wanted.world, wanted.zero_stage):
             logger.info("which %d ranks wrote under ZeRO-%d", stored.world, stored.zero_stage)
-        return replace(wanted, step=stored.step, skipped=stored.skipped)
+        return replace(wanted, step=stored.step, skipped=stored.skipped, spikes=stored.spikes)
     if found:
         raise CheckpointError(f"{folder}: every checkpoint is damaged; train the stage again with --fresh")
     return wanted

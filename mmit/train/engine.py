@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import resource
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import deepspeed
@@ -166,10 +168,11 @@ class Engine:
         """The sum of -log p of one micro-batch, with nothing done to the weights."""
         return self.deepspeed(batch)
 
-    def close_micro_step(self, *, factor: float) -> float | None:
+    def close_micro_step(self, *, factor: float, update: bool = True) -> float | None:
         """Count a micro-batch as done; at the end of a step update the weights and give the gradient norm.
 
-        factor: share of each group's peak learning rate.
+        factor: share of each group's peak learning rate. update: False drops the gradients of the step and leaves every
+        bit of the weights and of the optimizer's state as it was; the same on every rank.
         """
         at_boundary = self.deepspeed.is_gradient_accumulation_boundary()
         norm = None
@@ -180,10 +183,29 @@ class Engine:
                 limit = self._clip_norm or float("inf")
                 trained = [p for p in self.module.parameters() if p.requires_grad]
                 norm = float(torch.nn.utils.clip_grad_norm_(trained, limit))
-        self.deepspeed.step()
+        with nullcontext() if update else self._without_update():
+            self.deepspeed.step()
         if at_boundary and norm is None:
             norm = float(self.deepspeed.get_global_grad_norm() or 0.0)
         return norm
+
+    @contextmanager
+    def _without_update(self) -> Generator[None]:
+        """DeepSpeed goes through its step, and the optimizers inside do nothing in it.
+
+        Reducing, clipping and clearing of gradients stay with DeepSpeed under every stage; the weights that it makes
+        out of the master weights are those of before.
+        """
+        outer: Any = self.optimizer
+        inside = [getattr(outer, name, None) for name in ("optimizer", "backup_optimizer")]
+        still: list[Any] = [one for one in inside if isinstance(one, torch.optim.Optimizer)] or [outer]
+        for one in still:
+            one.step = lambda: None
+        try:
+            yield
+        finally:
+            for one in still:
+                del one.step
 
     def full_state(self) -> dict[str, Tensor]:
         """All weights on rank 0, an empty dict elsewhere; under ZeRO-3 a collective call that gathers one at a time."""

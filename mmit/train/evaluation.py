@@ -25,7 +25,7 @@ from mmit.distributed import all_reduce_sum, logger, world_size
 from mmit.errors import ConfigError, DataError
 from mmit.train.engine import device
 from mmit.train.feed import Feed, chosen_samples, lengths_of, open_shards
-from mmit.train.metrics import EvaluationRecord
+from mmit.train.records import EvaluationRecord
 
 if TYPE_CHECKING:
     from mmit.data import LengthTable, Plan

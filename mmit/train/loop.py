@@ -18,19 +18,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mmit.distributed import all_reduce_sum, logger, rank, world_size
+from mmit.distributed import all_reduce_sum, logger, rank
 from mmit.errors import TrainingError
+from mmit.train.counts import Counts
 from mmit.train.engine import Engine, device, peak_memory
-from mmit.train.metrics import Recorder, StepRecord
+from mmit.train.insight import Insight
+from mmit.train.metrics import Recorder
 from mmit.train.optim import LearningRate
+from mmit.train.records import StepRecord
+from mmit.train.spikes import Part
 from mmit.train.watchdog import COMPUTING, READING, SAVING, WAITING, Watchdog
 
 if TYPE_CHECKING:
     from mmit.data import Loader, StepBatches
     from mmit.train.skipped import SkippedRecord
-
-
-_DIGESTS = 2**48
 
 
 class StopRequest:
@@ -48,54 +49,6 @@ class StopRequest:
         self.asked = True
 
 
-@dataclass(frozen=True, kw_only=True)
-class Counts:
-    """Integers of one step, summed over all ranks. skipped_of: for each source of the plan."""
-
-    trained_tokens: int
-    tokens: int
-    images: int
-    samples: int
-    skipped: int
-    digest: int
-    stops: int
-    skipped_of: tuple[int, ...]
-
-    @classmethod
-    def of(cls, step: StepBatches, *, stop: bool, sources: int) -> Counts:
-        """The sums over all ranks; collective. sources: of the plan."""
-        digest = sum(_hash(name) for batch in step.batches for name in batch.sample_ids) % _DIGESTS
-        local = [
-            sum(batch.trained_tokens for batch in step.batches),
-            sum(batch.tokens for batch in step.batches),
-            sum(batch.tiles for batch in step.batches),
-            sum(len(batch.sample_ids) for batch in step.batches),
-            len(step.skipped),
-            digest,
-            int(stop),
-            *(sum(of == source for of, _ in step.skipped) for source in range(sources)),
-        ]
-        # equal on all ranks if, and only if, the mean of the squares is the square of the mean
-        same = [step.step, len(step.batches)]
-        squares = [value * value for value in same]
-        sent = torch.tensor([*local, *same, *squares], dtype=torch.int64, device=device())
-        *total, steps, batches, steps_squared, batches_squared = all_reduce_sum(sent).tolist()
-        ranks = world_size()
-        if ranks * steps_squared != steps * steps or ranks * batches_squared != batches * batches:
-            raise TrainingError(
-                f"the ranks disagree: rank {rank()} is at step {step.step + 1} with {len(step.batches)} micro-batches, "
-                f"on average they are at step {steps / ranks + 1:g} with {batches / ranks:g}; "
-                "they must read the same data with the same version of mmit"
-            )
-        sums = dict(zip(cls.__dataclass_fields__, total[: len(local) - sources], strict=False))
-        sums["digest"] %= _DIGESTS  # however many ranks the samples were dealt to
-        return cls(**sums, skipped_of=tuple(total[len(local) - sources :]))
-
-
-def _hash(sample_id: str) -> int:
-    return int.from_bytes(hashlib.blake2b(sample_id.encode(), digest_size=6).digest(), "big")
-
-
 def train_steps(
     loader: Loader,
     engine: Engine,
@@ -103,6 +56,7 @@ def train_steps(
     recorder: Recorder | None,
     skipped: SkippedRecord,
     *,
+    insight: Insight,
     stop: StopRequest,
     watchdog: Watchdog,
     seed: int,
@@ -111,7 +65,8 @@ def train_steps(
     """Train on every step of ``loader``; True when the plan is done, False when it was asked to stop.
 
     after_step: called after each step with the number of steps done and what it held.
-    Raises TrainingError for a step without a trained token and for a loss or gradient that is not finite.
+    Raises TrainingError for a step without a trained token, for a loss or gradient that is not finite, and for a spike
+    where that ends the run.
     """
     for step, wait in _timed(iter(loader), watchdog, loader.start_step):
         started = time.perf_counter() - wait
@@ -129,16 +84,13 @@ def train_steps(
         torch.manual_seed(_step_seed(seed, step.step))
         factor = schedule.factor(step.step)
         names = loader.plan.names if loader.by_source else ()
-        loss, norm, by_source = _optimizer_step(
-            step, engine, counts.trained_tokens, factor, sources=names, watchdog=watchdog
-        )
+        done = _optimizer_step(step, engine, insight, counts.trained_tokens, factor, sources=names, watchdog=watchdog)
+        seconds = time.perf_counter() - started
         if recorder is not None:
             recorder.add(
                 StepRecord(
                     step=step.step + 1,
-                    loss=loss,
                     lr={group["name"]: group["lr"] for group in engine.optimizer.param_groups},
-                    grad_norm=norm,
                     tokens=counts.tokens,
                     trained_tokens=counts.trained_tokens,
                     images=counts.images,
@@ -146,10 +98,16 @@ def train_steps(
                     skipped=counts.skipped,
                     skipped_in_all=sum(skipped.totals.values()),
                     samples_digest=counts.digest,
-                    seconds=time.perf_counter() - started,
+                    seconds=seconds,
                     wait_seconds=wait,
                     memory_bytes=peak_memory(),
-                    loss_by_source=by_source,
+                    flops=insight.work.flops(counts) if insight.work else 0,
+                    mfu=insight.work.mfu(counts, seconds) if insight.work else None,
+                    loss=done.loss,
+                    grad_norm=done.norm,
+                    loss_by_source=done.by_source,
+                    spike=done.spike,
+                    update_ratio=done.ratios,
                 )
             )
         watchdog.mark(SAVING, step=step.step + 1)
@@ -158,32 +116,55 @@ def train_steps(
     return True
 
 
+@dataclass(frozen=True)
+class _Done:
+    """A step after its update: loss (mean over all trained tokens of all ranks), gradient norm, and what was seen."""
+
+    loss: float
+    norm: float
+    by_source: dict[str, float]
+    spike: str
+    ratios: dict[str, float]
+
+
 def _optimizer_step(
-    step: StepBatches, engine: Engine, trained_tokens: int, factor: float, *, sources: Sequence[str], watchdog: Watchdog
-) -> tuple[float, float, dict[str, float]]:
-    """Loss (mean over all trained tokens of all ranks), gradient norm, and the loss of each of ``sources``."""
+    step: StepBatches,
+    engine: Engine,
+    insight: Insight,
+    trained_tokens: int,
+    factor: float,
+    *,
+    sources: Sequence[str],
+    watchdog: Watchdog,
+) -> _Done:
     # the sum of -log p of all, then of each source, then the trained tokens of each source: one message for all
     sums = torch.zeros(1 + 2 * len(sources), dtype=torch.float64, device=device())
     loss = norm = math.nan
     by_source: dict[str, float] = {}
+    spike = ""
+    parts: list[Part] = []
     for number, batch in enumerate(step.batches, start=1):
         watchdog.mark(COMPUTING, step=step.step + 1, samples=batch.sample_ids)
         here = batch.to(device())
-        sums[0] += engine.micro_step(here, trained_tokens=trained_tokens).double()
+        nll = engine.micro_step(here, trained_tokens=trained_tokens)
+        sums[0] += nll.double()
+        parts.append((nll, batch.trained_tokens, batch.sample_ids))
         if here.by_source is not None:
             sums[1 : 1 + len(sources)] += here.by_source.nll
             sums[1 + len(sources) :] += torch.tensor(here.by_source.trained_tokens, device=device())
         if number == len(step.batches):
-            total, *parts = all_reduce_sum(sums).tolist()
+            total, *shares = all_reduce_sum(sums).tolist()
             loss = total / trained_tokens
-            pairs = zip(sources, parts[: len(sources)], parts[len(sources) :], strict=True)
+            pairs = zip(sources, shares[: len(sources)], shares[len(sources) :], strict=True)
             by_source = {name: nll / tokens for name, nll, tokens in pairs if tokens}
             # before the update, so that the weights stay those of the last good step
             _check_finite(loss, step, "loss")
-        done = engine.close_micro_step(factor=factor)
+            spike = insight.spikes.judge(loss, step=step.step + 1, batches=parts)
+            insight.ratios.before(step.step + 1)
+        done = engine.close_micro_step(factor=factor, update=spike != "skip")
         norm = norm if done is None else done
     _check_finite(norm, step, "gradient norm")
-    return loss, norm, by_source
+    return _Done(loss, norm, by_source, spike, insight.ratios.after())
 
 
 def _check_finite(value: float, step: StepBatches, what: str) -> None:

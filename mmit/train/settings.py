@@ -16,6 +16,7 @@ HARMLESS = (
     "save",
     "log",
     "evaluate",
+    "spike",
     "zero",
     "activation_checkpointing",
     "attention",
@@ -30,7 +31,8 @@ HARMLESS = (
 )
 """Settings of a stage that change nothing in its weights but the order of sums, so that a run may go on with others.
 
-Where features lie decides nothing either; that there are any counts as ``data.features`` of its own (see below).
+Where features lie decides nothing either; that there are any counts as ``data.features`` of its own (see below). What
+to do at a spike may change, for that is the answer to one: the run that it has stopped goes on without that update.
 """
 
 

@@ -23,16 +23,18 @@ from mmit.errors import ConfigError, Interrupted, TrainingError
 from mmit.train.launch import end_with_launcher, is_complete
 from mmit.train.settings import deciding_settings
 from mmit.train.stage_folder import open_folder
-from mmit.train.stage_parts import attend, build, make_engine
+from mmit.train.stage_parts import announce, attend, build, make_engine
 
 if TYPE_CHECKING:
     from mmit.models import LoadedModel
     from mmit.train.checkpoint import RunState
+    from mmit.train.counts import Counts
     from mmit.train.engine import Engine
     from mmit.train.evaluation import Evaluation
     from mmit.train.features import StageFeatures
     from mmit.train.feed import Feed
-    from mmit.train.loop import Counts, StopRequest
+    from mmit.train.loop import StopRequest
+    from mmit.train.work import Work
 
 
 def train_stage(config: RunConfig, name: str, *, fresh: bool = False) -> Path:
@@ -90,6 +92,7 @@ class _Ready:
     evaluation: Evaluation | None
     engine: Engine
     state: RunState
+    work: Work | None
 
     @property
     def stage(self) -> Stage:
@@ -109,7 +112,7 @@ def _train(config: RunConfig, name: str, *, stop: StopRequest, fresh: bool) -> P
         ready = _make_ready(config, name, stop=stop)
         if rank() == 0:
             write_whole(folder / "config.yaml", resolved_yaml(config).encode())
-        _announce(config, name, ready.feed)
+        announce(config, name, ready.feed.plan)
         return _run(ready, stop=stop)
     finally:
         if lock is not None:
@@ -122,8 +125,11 @@ def _make_ready(config: RunConfig, name: str, *, stop: StopRequest) -> _Ready:
     from mmit.train.evaluation import plan_evaluation
     from mmit.train.features import stage_features
     from mmit.train.feed import make_feed
+    from mmit.train.sinks import check_sinks
+    from mmit.train.work import is_measured, work_of
 
     stage, folder = config.stages[name], config.stage_folder(name)
+    check_sinks(stage.log)
     dtype = resolve_precision(config.precision)
     features = stage_features(config, name, dtype=dtype, stop=stop)
     loaded = build(config, name, dtype=dtype, tower=None if features is None else features.tower)
@@ -140,7 +146,9 @@ def _make_ready(config: RunConfig, name: str, *, stop: StopRequest) -> _Ready:
     )
     evaluation = plan_evaluation(config, name, feed)
     _check_ranks_agree(state, held_out="" if evaluation is None else evaluation.fingerprint)
+    count_work = work_of(loaded.model) if is_measured(stage.log.mfu) else None
     engine = make_engine(stage, loaded, dtype=dtype)
+    work = None if count_work is None else count_work()
     state = checkpoint.resume(folder / "checkpoints", engine, state, steps=feed.plan.steps, config=config)
     return _Ready(
         config=config,
@@ -151,6 +159,7 @@ def _make_ready(config: RunConfig, name: str, *, stop: StopRequest) -> _Ready:
         evaluation=evaluation,
         engine=engine,
         state=state,
+        work=work,
     )
 
 
@@ -169,8 +178,8 @@ def _check_ranks_agree(state: RunState, *, held_out: str) -> None:
 
 def _run(ready: _Ready, *, stop: StopRequest) -> Path:
     from mmit.train import checkpoint
+    from mmit.train.insight import make_insight, open_recorder
     from mmit.train.loop import train_steps
-    from mmit.train.metrics import Recorder
     from mmit.train.model_writer import model_writer
     from mmit.train.optim import LearningRate
     from mmit.train.run_files import write_facts
@@ -186,6 +195,7 @@ def _run(ready: _Ready, *, stop: StopRequest) -> Path:
     saved = folder / "checkpoints"
     write_model = model_writer(ready.engine, ready.loaded, lambda: made_from | skipped.facts(), ready.features, saved)
     check = FirstStepCheck(ready.engine.module, seldom=ready.loaded.model.by_row)
+    insight = make_insight(ready.config, ready.name, ready.engine, state, ready.work)
     done, first = state.step, state.step + 1
 
     def save() -> None:
@@ -193,7 +203,7 @@ def _run(ready: _Ready, *, stop: StopRequest) -> Path:
         checkpoint.save(
             folder / "checkpoints",
             ready.engine,
-            replace(state, step=done, skipped=dict(skipped.totals)),
+            replace(state, step=done, skipped=dict(skipped.totals), spikes=insight.spikes.state),
             write_model=write_model,
             keep_last=stage.save.keep_last,
         )
@@ -214,8 +224,7 @@ def _run(ready: _Ready, *, stop: StopRequest) -> Path:
             save()
 
     loader = ready.feed.loader(start_step=state.step)
-    log = {"every_steps": stage.log.every_steps, "tensorboard": stage.log.tensorboard}
-    recorder = Recorder(folder, steps=steps, resume_step=state.step, **log) if rank() == 0 else None
+    recorder = open_recorder(ready.config, ready.name, steps=steps, resume_step=state.step)
     watchdog = Watchdog(stall_seconds=ready.config.launch.stall_seconds, reading=loader.reading)
     try:
         finished = train_steps(
@@ -224,6 +233,7 @@ def _run(ready: _Ready, *, stop: StopRequest) -> Path:
             LearningRate.of(stage.optim, steps=steps),
             recorder,
             skipped,
+            insight=insight,
             stop=stop,
             watchdog=watchdog,
             seed=ready.config.seed,
@@ -239,36 +249,6 @@ def _run(ready: _Ready, *, stop: StopRequest) -> Path:
         watchdog.close()
         if recorder is not None:
             recorder.close()
-
-
-def _announce(config: RunConfig, name: str, feed: Feed) -> None:
-    from mmit.train.engine import accumulation
-
-    batch = config.stages[name].batch
-    micro = accumulation(rows_per_step=batch.rows_per_step, rows_per_micro_batch=batch.rows_per_micro_batch)
-    logger.info(
-        "stage %s: %d samples in %d steps of %d rows x %d tokens; ZeRO-%d, %d ranks x %d micro-batches of %d rows",
-        name,
-        feed.plan.samples,
-        feed.plan.steps,
-        batch.rows_per_step,
-        batch.length,
-        config.stages[name].zero.stage,
-        world_size(),
-        micro,
-        batch.rows_per_micro_batch,
-    )
-    idle = micro * batch.rows_per_micro_batch * world_size() - batch.rows_per_step
-    if idle:
-        logger.info(
-            "%d of %d row places of a step stay empty: %d rows per step over %d ranks x %d micro-batches x %d rows",
-            idle,
-            idle + batch.rows_per_step,
-            batch.rows_per_step,
-            world_size(),
-            micro,
-            batch.rows_per_micro_batch,
-        )
 
 
 def _finish(folder: Path, write_model: Callable[[Path, Path], None], features: StageFeatures | None) -> Path:

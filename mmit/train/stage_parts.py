@@ -1,4 +1,4 @@
-"""The model and the engine of a stage: built, filled with the weights it starts from, and given to DeepSpeed."""
+"""The model and the engine of a stage: built, filled with the weights it starts from, given to DeepSpeed, announced."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mmit.config import RunConfig, Stage
-from mmit.distributed import logger
+from mmit.distributed import logger, world_size
 from mmit.errors import ConfigError
 
 if TYPE_CHECKING:
+    from mmit.data import Plan
     from mmit.models import LoadedModel
     from mmit.models.absent import AbsentTower
     from mmit.train.engine import Engine
@@ -76,6 +77,37 @@ def make_engine(stage: Stage, loaded: LoadedModel, *, dtype: torch.dtype) -> Eng
         eps=stage.optim.eps,
     )
     return Engine(model, optimizer, _engine_settings(stage, dtype), dtype=dtype)
+
+
+def announce(config: RunConfig, name: str, plan: Plan) -> None:
+    """Tell how the stage is cut into steps, ranks and micro-batches."""
+    from mmit.train.engine import accumulation
+
+    batch = config.stages[name].batch
+    micro = accumulation(rows_per_step=batch.rows_per_step, rows_per_micro_batch=batch.rows_per_micro_batch)
+    logger.info(
+        "stage %s: %d samples in %d steps of %d rows x %d tokens; ZeRO-%d, %d ranks x %d micro-batches of %d rows",
+        name,
+        plan.samples,
+        plan.steps,
+        batch.rows_per_step,
+        batch.length,
+        config.stages[name].zero.stage,
+        world_size(),
+        micro,
+        batch.rows_per_micro_batch,
+    )
+    idle = micro * batch.rows_per_micro_batch * world_size() - batch.rows_per_step
+    if idle:
+        logger.info(
+            "%d of %d row places of a step stay empty: %d rows per step over %d ranks x %d micro-batches x %d rows",
+            idle,
+            idle + batch.rows_per_step,
+            batch.rows_per_step,
+            world_size(),
+            micro,
+            batch.rows_per_micro_batch,
+        )
 
 
 def _engine_settings(stage: Stage, dtype: torch.dtype) -> dict[str, Any]:

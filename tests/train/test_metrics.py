@@ -5,7 +5,9 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 from mmit.train.curves import line_chart
-from mmit.train.metrics import EvaluationRecord, Recorder, StepRecord
+from mmit.train.metrics import Recorder
+from mmit.train.records import EvaluationRecord, StepRecord
+from mmit.train.sinks import Sinks
 
 
 def record(step: int, loss: float) -> StepRecord:
@@ -27,7 +29,7 @@ def record(step: int, loss: float) -> StepRecord:
 
 
 def recorder(folder: Path, resume_step: int = 0) -> Recorder:
-    return Recorder(folder, steps=10, every_steps=1, tensorboard=False, resume_step=resume_step)
+    return Recorder(folder, steps=10, every_steps=1, resume_step=resume_step, sinks=Sinks({}))
 
 
 def test_every_step_is_one_line(tmp_path: Path) -> None:
