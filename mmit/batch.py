@@ -92,6 +92,15 @@ class BySource:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HostIds:
+    """The integers of a batch, (B, T) each, on the CPU: what can be known from them is known without the device."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class Batch:
     """What one forward pass takes: B rows of T tokens, each row a concatenation of whole samples.
 
@@ -106,6 +115,7 @@ class Batch:
     features: (N, P, D_vision) bf16, what the encoder made of the tiles; there are no pixels then.
     instructions: of every tile, where the connector reads them (None also where there is no tile).
     squares: sum of the squares of the samples' lengths, which the work of attention grows with.
+    host: the integers as they were before the batch went to its device; None before.
     """
 
     input_ids: Tensor
@@ -120,11 +130,18 @@ class Batch:
     features: Tensor | None = None
     instructions: Instructions | None = None
     squares: int = 0
+    host: HostIds | None = None
 
     @property
     def tiles(self) -> int:
         """Tiles of all rows."""
         return (self.pixels if self.features is None else self.features).shape[0]
+
+    @property
+    def ids(self) -> HostIds:
+        """The integers, on the CPU."""
+        own = HostIds(input_ids=self.input_ids, position_ids=self.position_ids, labels=self.labels)
+        return self.host or own
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on ``device``."""
@@ -137,6 +154,7 @@ class Batch:
             features=None if self.features is None else self.features.to(device, non_blocking=True),
             instructions=self.instructions and self.instructions.to(device),
             by_source=self.by_source and self.by_source.to(device),
+            host=self.ids,
         )
 
     def pin_memory(self) -> Batch:

@@ -58,29 +58,33 @@ def packed_attention(  # noqa: PLR0917 - transformers' signature
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **others
         )
+    lengths: list[list[int]] = [[] for _ in range(query.shape[0])]
+    for row, start, end in attention_mask[0, 0].tolist():
+        lengths[row].append(end - start)
     grouped = query.shape[1] != key.shape[1]
-    pieces = [
-        scaled_dot_product_attention(
-            query[row : row + 1, :, start:end],
-            key[row : row + 1, :, start:end],
-            value[row : row + 1, :, start:end],
-            dropout_p=dropout,
-            scale=scaling,
-            is_causal=True,
-            enable_gqa=grouped,
-        )
-        for row, start, end in attention_mask[0, 0].tolist()
-    ]
-    flat = torch.cat([piece[0].transpose(0, 1) for piece in pieces])  # (B * T, H, d)
-    return flat.view(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+    rows = []
+    for *states, of_row in zip(query.split(1), key.split(1), value.split(1), lengths, strict=True):
+        pieces = [
+            scaled_dot_product_attention(
+                q, k, v, dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=grouped
+            ).transpose(1, 2)
+            # split, not slices: the gradient of a slice is a tensor of zeros as large as the row, for every sample
+            for q, k, v in zip(*(state.split(of_row, dim=2) for state in states), strict=True)
+        ]
+        rows.append(torch.cat(pieces, dim=1))  # (1, T, H, d)
+    return (rows[0] if len(rows) == 1 else torch.cat(rows)), None
 
 
 AttentionInterface.register(PACKED, packed_attention)
 AttentionMaskInterface.register(PACKED, sdpa_mask)
 
 
-def attention_arguments(position_ids: Tensor, *, implementation: str, window: int | None) -> dict[str, Any]:
+def attention_arguments(
+    position_ids: Tensor, *, implementation: str, window: int | None, device: torch.device | None = None
+) -> dict[str, Any]:
     """What a language model is told about the samples of its rows, by the words its attention understands.
+
+    position_ids: on the CPU where nothing shall wait for the device; device: the model's, where they are not on it.
 
     Ours gets the boundaries in the place of the mask; flash attention gets the cumulative lengths of all samples of
     all rows. A mask of None lets transformers build a block mask of T x T from ``position_ids``, which it does right
@@ -93,7 +97,7 @@ def attention_arguments(position_ids: Tensor, *, implementation: str, window: in
     longest = int(lengths.max())
     if implementation == PACKED:
         return {"attention_mask": None if window is not None and longest > window else samples}
-    ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(position_ids.device, torch.int32)
+    ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(device or position_ids.device, torch.int32)
     return {
         "attention_mask": None,
         "cu_seq_lens_q": ends,

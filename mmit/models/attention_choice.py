@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from transformers import PreTrainedModel
 
 from mmit.errors import ConfigError
 from mmit.models.attention import FLASH, PACKED, attention_arguments
-from mmit.models.language_models import token_table
+from mmit.models.language_models import has_experts, token_table
 
 KEEPS_SAMPLES_APART = {"full_attention", "sliding_attention", "chunked_attention"}
 """Layer types of transformers that look at positions only; others carry a state along the row."""
@@ -98,7 +97,7 @@ def packing_fault(language_model: PreTrainedModel, *, implementation: str) -> st
     packed, beside_another = (logits([other, *sample], [0, 0, 1])[:, 1:] for other in others)
     leak = float((packed - beside_another).abs().max())
     difference = float((packed - alone).abs().max())
-    allowed = rounding if _has_experts(language_model) else 0.0
+    allowed = rounding if has_experts(language_model) else 0.0
     if leak <= allowed and difference <= 4 * rounding:
         return ""
     return (
@@ -142,8 +141,3 @@ def _is_soft_capped(language_model: PreTrainedModel) -> bool:
 
 def _layer_types(language_model: PreTrainedModel) -> set[str]:
     return set(getattr(language_model.config.get_text_config(), "layer_types", None) or ())
-
-
-def _has_experts(language_model: PreTrainedModel) -> bool:
-    config: Any = language_model.config.get_text_config()
-    return any(getattr(config, name, 0) for name in ("num_experts", "num_local_experts", "n_routed_experts"))

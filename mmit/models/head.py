@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from mmit.batch import BySource
+from mmit.batch import IGNORE, Batch, BySource
 
 CHUNK_ELEMENTS = 2**26
 """Logits that exist at a time: 256 MiB in fp32."""
@@ -96,6 +96,30 @@ def labelled_nll(
         return head(hidden)
     finally:
         del head.__dict__["forward"]
+
+
+def nll_by_own_forward(
+    language_model: PreTrainedModel, embeddings: Tensor, batch: Batch, *, vocabulary: int | None, told: dict[str, Any]
+) -> Tensor:
+    """The loss where logits are more than head times hidden state: the model computes them, at labelled columns.
+
+    embeddings: (B, T, D). told: what the attention is told about the samples.
+    """
+    columns = (batch.ids.labels != IGNORE).any(dim=0).nonzero().view(-1)
+    logits = language_model(
+        inputs_embeds=embeddings,
+        position_ids=batch.position_ids,
+        use_cache=False,
+        **told,
+        logits_to_keep=columns.to(embeddings.device, non_blocking=True),
+    ).logits[..., :vocabulary]  # (B, C, V)
+    labels = batch.ids.labels[:, columns].flatten()
+    labelled = (labels != IGNORE).nonzero().view(-1).to(embeddings.device, non_blocking=True)
+    labels = labels.to(embeddings.device, non_blocking=True)
+    nll = functional.cross_entropy(logits.float().flatten(0, 1), labels, ignore_index=IGNORE, reduction="none")
+    if batch.by_source is not None:
+        batch.by_source.add(nll[labelled], 0)
+    return nll.sum()
 
 
 @torch.no_grad()

@@ -24,6 +24,12 @@ def token_table(language_model: PreTrainedModel) -> nn.Embedding:
     return table
 
 
+def has_experts(language_model: PreTrainedModel) -> bool:
+    """Whether it is a mixture of experts."""
+    config: Any = language_model.config.get_text_config()
+    return any(getattr(config, name, 0) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+
+
 def read_language_model(path: str, *, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a directory or hub name, as ``AutoModelForCausalLM`` builds it. Raises ConfigError."""
     check_is_there(path, key="model.language_model.path")

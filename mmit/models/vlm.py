@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedModel
 
 from mmit.batch import IGNORE, Batch, Encoded, collate
@@ -20,12 +19,14 @@ from mmit.errors import ConfigError, DataError
 from mmit.images import ImageSpec, normalize
 from mmit.models import generation
 from mmit.models.absent import AbsentTower
-from mmit.models.attention import attention_arguments
+from mmit.models.attention import FLASH, PACKED, attention_arguments
 from mmit.models.attention_choice import carried_state, packing_fault, set_attention, sliding_window
 from mmit.models.connectors import idle_parameters, questions_for
-from mmit.models.head import head_is_plain, labelled_nll
+from mmit.models.head import head_is_plain, labelled_nll, nll_by_own_forward
 from mmit.models.language_models import row_parameters, token_table
+from mmit.models.last_layer import LastLayer, find_last_layer
 from mmit.models.mosaic import lay_out
+from mmit.models.needed import all_tokens, needed_tokens
 from mmit.models.placement import placement, runnable
 from mmit.models.rules import NEW_TOKENS, TrainGroup, apply_rules
 from mmit.tiling import TilePlan
@@ -78,6 +79,8 @@ class VisionLanguageModel(nn.Module):
         self.use_attention("auto")
         with runnable(language_model, self.placement):
             self.head_is_plain = not self.placement.holds or head_is_plain(language_model)
+            runs = self.placement.holds and self.head_is_plain
+            self.last_layer = find_last_layer(language_model, self.placement) if runs else LastLayer(())
 
     def use_attention(self, asked: str) -> None:
         """Run the language model with the attention asked for (``auto`` chooses); outside of training mode only.
@@ -112,7 +115,7 @@ class VisionLanguageModel(nn.Module):
 
         Raises DataError where tiles or places are not as many as the plans of the images say, or questions are missing.
         """
-        places = (batch.input_ids.view(-1) == self.image_id).nonzero().view(-1)
+        places = (batch.ids.input_ids.view(-1) == self.image_id).nonzero().view(-1)
         embeddings = self.language_model.get_input_embeddings()(batch.input_ids)
         given = batch.pixels if batch.features is None else batch.features.to(embeddings.dtype)
         tiles = given.shape[0]
@@ -136,6 +139,7 @@ class VisionLanguageModel(nn.Module):
             return embeddings + images.sum() * 0.0
         newline = None if self.image_newline is None else self.image_newline.to(embeddings.dtype)
         flat = embeddings.view(-1, embeddings.shape[-1])
+        places = places.to(flat.device, non_blocking=True)
         return flat.index_copy(0, places, lay_out(images, plans, newline)).view_as(embeddings)
 
     def forward(self, batch: Batch) -> Tensor:
@@ -143,20 +147,24 @@ class VisionLanguageModel(nn.Module):
         if self.packing_fault:
             self._refuse_packed_rows(batch)
         embeddings = self.embed(batch)
-        labels = batch.labels.view(-1)
-        places = (labels != IGNORE).nonzero().view(-1)
         if not self.head_is_plain:
-            return self._nll_by_own_forward(embeddings, batch)
-        hidden = self.language_model.base_model(
-            inputs_embeds=embeddings,
-            position_ids=batch.position_ids,
-            # With a cache, transformers builds a plain causal mask and packed samples see each other.
-            use_cache=False,
-            **self._attention(batch.position_ids),
-        ).last_hidden_state
+            told = self._attention(batch.ids.position_ids)
+            return nll_by_own_forward(self.language_model, embeddings, batch, vocabulary=self.vocabulary, told=told)
+        keeps_rows = self.attention not in (PACKED, FLASH) or self.window is not None or self.packing_fault
+        needed = all_tokens(batch.ids) if keeps_rows else needed_tokens(batch.ids)
+        here = needed.to(embeddings.device)
+        if here.tokens is not None:
+            embeddings = embeddings.flatten(0, 1).index_select(0, here.tokens)[None]  # (1, N, D)
+        with self.last_layer.only(here.labelled, here.position_ids.shape):
+            hidden = self.language_model.base_model(
+                inputs_embeds=embeddings,
+                position_ids=here.position_ids,
+                use_cache=False,
+                **self._attention(needed.position_ids),
+            ).last_hidden_state
         head = cast("nn.Linear", self.language_model.get_output_embeddings())
-        states = hidden.view(-1, hidden.shape[-1])[places]
-        return labelled_nll(head, states, labels[places], batch.by_source, vocabulary=self.vocabulary)
+        states = hidden.flatten(0, 1).index_select(0, here.labelled)  # (S, D)
+        return labelled_nll(head, states, here.labels, batch.by_source, vocabulary=self.vocabulary)
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits (B, T, V) at every position, by the language model's own forward."""
@@ -164,7 +172,7 @@ class VisionLanguageModel(nn.Module):
             inputs_embeds=self.embed(batch),
             position_ids=batch.position_ids,
             use_cache=False,
-            **self._attention(batch.position_ids),
+            **self._attention(batch.ids.position_ids),
         ).logits
 
     @torch.no_grad()
@@ -239,7 +247,8 @@ class VisionLanguageModel(nn.Module):
         if not self.language_model.supports_gradient_checkpointing:
             name = type(self.language_model).__name__
             raise ConfigError(f"activation_checkpointing: {name} does not support it; set it to false")
-        self.language_model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        how = {"use_reentrant": False, "context_fn": self.last_layer.recomputing}
+        self.language_model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
 
     def _embed_alone(self, prompt: Encoded) -> Tensor:
         """Input embeddings (T, D) of one prompt, on the model's device."""
@@ -247,29 +256,15 @@ class VisionLanguageModel(nn.Module):
         return self.embed(batch.to(next(self.parameters()).device))[0]
 
     def _attention(self, position_ids: Tensor) -> dict[str, Any]:
-        return attention_arguments(position_ids, implementation=self.attention, window=self.window)
+        device = self.language_model.device
+        return attention_arguments(position_ids, implementation=self.attention, window=self.window, device=device)
 
     def _refuse_packed_rows(self, batch: Batch) -> None:
         """Raise DataError where a trained token stands behind another sample and this model would let it see that."""
-        behind = (batch.position_ids == 0).cumsum(dim=1) > 1
-        if bool((behind & (batch.labels != IGNORE)).any()):
+        ids = batch.ids
+        behind = (ids.position_ids == 0).cumsum(dim=1) > 1
+        if bool((behind & (ids.labels != IGNORE)).any()):
             raise DataError(f"rows hold several samples, but {self.packing_fault}; pack one sample per row")
-
-    def _nll_by_own_forward(self, embeddings: Tensor, batch: Batch) -> Tensor:
-        """The loss where logits are more than head times hidden state: the model computes them, at labelled columns."""
-        columns = (batch.labels != IGNORE).any(dim=0).nonzero().view(-1)
-        logits = self.language_model(
-            inputs_embeds=embeddings,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            **self._attention(batch.position_ids),
-            logits_to_keep=columns,
-        ).logits[..., : self.vocabulary]  # (B, C, V)
-        labels = batch.labels[:, columns].flatten()
-        nll = functional.cross_entropy(logits.float().flatten(0, 1), labels, ignore_index=IGNORE, reduction="none")
-        if batch.by_source is not None:
-            batch.by_source.add(nll[labels != IGNORE], 0)
-        return nll.sum()
 
     def _unused_in_tower(self) -> set[str]:
         """Names of the tower's parameters behind the chosen layer: no output depends on them."""
