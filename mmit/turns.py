@@ -15,6 +15,7 @@ The rules for odd conversations, the same for every template:
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 from mmit.conversation import Conversation, ImageRef, Message, Part
@@ -52,6 +53,23 @@ def turns_to_render(conversation: Conversation) -> tuple[list[Turn], int]:
                 f"record '{record}', turn {number}: train is set on a {turn.role} turn; only answers are trained"
             )
     return [*system, *turns], len(dropped)
+
+
+def question_of(conversation: Conversation) -> tuple[Conversation, str]:
+    """The conversation up to its first question, and the answer that follows. Raises DataError where there is none."""
+    turns = conversation.messages
+    for number, turn in enumerate(turns):
+        if turn.role == "assistant":
+            shown = turns[:number]
+            used = [ref.index for ref in replace(conversation, messages=shown).image_refs]
+            if used != list(range(len(used))):
+                break
+            kept = slice(0, len(used))
+            asked = replace(
+                conversation, messages=shown, images=conversation.images[kept], sizes=conversation.sizes[kept]
+            )
+            return asked, turn.text
+    raise DataError(f"record '{conversation.id}' has no question with an answer; it cannot be scored")
 
 
 def refuse_control_tokens(turns: Iterable[Turn], control: Iterable[str], record: str) -> None:

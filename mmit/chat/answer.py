@@ -17,11 +17,12 @@ from typing import Literal
 import torch
 
 from mmit.batch import Encoded
-from mmit.chat.prompt import check_turns, read_prompt, with_pictures
+from mmit.chat.prompt import check_turns
 from mmit.chat.text_stream import TextStream
 from mmit.conversation import Conversation
 from mmit.errors import ConfigError, DataError
 from mmit.models.loaded import LoadedModel
+from mmit.models.prompts import read_prompt, with_pictures
 
 DEFAULT_NEW_TOKENS = 512
 """The longest answer where none is asked for, context permitting."""

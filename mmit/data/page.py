@@ -48,7 +48,7 @@ def card(heading: str, conversation: Conversation) -> str:
     turns = []
     for message in conversation.messages:
         parts = [
-            _picture(conversation.images[part.index]) if isinstance(part, ImageRef) else escape(part)
+            picture(conversation.images[part.index]) if isinstance(part, ImageRef) else escape(part)
             for part in message.content
         ]
         trained = "" if message.is_trained or message.role != "assistant" else " (not trained)"
@@ -99,16 +99,23 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f"<table><tr>{titles}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
-def _picture(data: bytes) -> str:
+def picture(data: bytes) -> str:
+    """A picture as an ``img`` with its data inside, made smaller; one that cannot be read says why."""
     try:
-        width, height = read_size(data)
-        scale = min(1.0, LONGEST / max(width, height))
-        size = (max(1, round(height * scale)), max(1, round(width * scale)))
-        spec = ImageSpec(size=size, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), resize="squash", tokens_per_tile=1)
-        pixels = spec.prepare(data)[0]  # (3, H, W)
+        small, (width, height) = small_picture(data)
     except DataError as error:
         return f'<span class="error">[{escape(str(error))}]</span>'
+    url = base64.b64encode(small).decode("ascii")
+    return f'<img src="data:image/jpeg;base64,{url}" width="{width}" height="{height}" alt="{width} x {height}">'
+
+
+def small_picture(data: bytes) -> tuple[bytes, tuple[int, int]]:
+    """A picture as a JPEG of at most LONGEST pixels a side, and its width and height. Raises DataError."""
+    width, height = read_size(data)
+    scale = min(1.0, LONGEST / max(width, height))
+    size = (max(1, round(height * scale)), max(1, round(width * scale)))
+    spec = ImageSpec(size=size, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), resize="squash", tokens_per_tile=1)
+    pixels = spec.prepare(data)[0]  # (3, H, W)
     file = io.BytesIO()
     Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=80)
-    url = base64.b64encode(file.getvalue()).decode("ascii")
-    return f'<img src="data:image/jpeg;base64,{url}" width="{size[1]}" height="{size[0]}" alt="{width} x {height}">'
+    return file.getvalue(), (size[1], size[0])

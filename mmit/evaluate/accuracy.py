@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from mmit.chat.prompt import encode_prompt
 from mmit.conversation import Conversation
-from mmit.errors import DataError
 from mmit.models import LoadedModel
+from mmit.models.prompts import encode_prompt
+from mmit.turns import question_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,23 +36,6 @@ class Asked:
 def normalized(answer: str) -> str:
     """An answer as it is compared."""
     return " ".join(answer.lower().split()).removesuffix(".").strip()
-
-
-def question_of(conversation: Conversation) -> tuple[Conversation, str]:
-    """The conversation up to its first question, and the answer that follows. Raises DataError where there is none."""
-    turns = conversation.messages
-    for number, turn in enumerate(turns):
-        if turn.role == "assistant":
-            shown = turns[:number]
-            used = [ref.index for ref in replace(conversation, messages=shown).image_refs]
-            if used != list(range(len(used))):
-                break
-            kept = slice(0, len(used))
-            asked = replace(
-                conversation, messages=shown, images=conversation.images[kept], sizes=conversation.sizes[kept]
-            )
-            return asked, turn.text
-    raise DataError(f"record '{conversation.id}' has no question with an answer; it cannot be scored")
 
 
 def ask_all(

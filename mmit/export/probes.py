@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from mmit.batch import Encoded, collate
-from mmit.chat.prompt import encode_prompt
 from mmit.conversation import Conversation, ImageRef, Message
 from mmit.models.loaded import LoadedModel
+from mmit.models.prompts import encode_prompt
 
 ANSWER_TOKENS = 8
 """Length of the greedy answers that are compared."""

@@ -20,7 +20,8 @@ COLDEST = 1e-5
 class Sampling:
     """How ids are chosen. temperature 0 (or below COLDEST) is greedy; ``stop_ids`` end an answer and are not in it.
 
-    never: ids that are not chosen.
+    never: ids that are not chosen. synced: every rank answers a prompt now, and makes as many forward passes as the one
+    with the longest answer, which partitioned weights need.
     """
 
     max_new_tokens: int
@@ -28,6 +29,7 @@ class Sampling:
     top_p: float
     stop_ids: tuple[int, ...]
     never: tuple[int, ...] = ()
+    synced: bool = False
 
 
 def answers(
@@ -61,7 +63,11 @@ def answers(
         config.temperature, config.top_p, config.top_k = sampling.temperature, sampling.top_p, 0
     streamer = None if on_token is None else _Streamer(on_token, frozenset(stop))
     made = language_model.generate(
-        inputs_embeds=embeddings, attention_mask=mask, generation_config=config, streamer=streamer
+        inputs_embeds=embeddings,
+        attention_mask=mask,
+        generation_config=config,
+        streamer=streamer,
+        synced_gpus=sampling.synced,
     )
     return [_until_stop(row.tolist(), frozenset(stop)) for row in made]
 

@@ -185,10 +185,11 @@ class VisionLanguageModel(nn.Module):
         top_p: float = 1.0,
         stop_ids: Sequence[int] = (),
         on_token: Callable[[int], None] | None = None,
+        synced: bool = False,
     ) -> list[int]:
         """Ids of the answer to one prompt (its labels are not looked at), without the stop id that ended it.
 
-        temperature 0 is greedy. ``on_token`` is called with each id of the answer as soon as it is known.
+        temperature 0 is greedy. ``on_token`` gets each id of the answer once it is known. synced: see ``Sampling``.
         """
         sampling = generation.Sampling(
             max_new_tokens=max_new_tokens,
@@ -201,11 +202,7 @@ class VisionLanguageModel(nn.Module):
 
     @torch.no_grad()
     def generate_batch(
-        self,
-        prompts: Sequence[Encoded],
-        *,
-        max_new_tokens: int,
-        stop_ids: Sequence[int] = (),
+        self, prompts: Sequence[Encoded], *, max_new_tokens: int, stop_ids: Sequence[int] = ()
     ) -> list[list[int]]:
         """Greedy answers to several prompts; the same as ``generate`` gives."""
         sampling = generation.Sampling(

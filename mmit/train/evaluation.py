@@ -57,7 +57,7 @@ class Evaluation:
     def measure(self, engine: Engine, step: int, mark: Callable[[Sequence[str]], None]) -> EvaluationRecord:
         """The losses after ``step``, the same on every rank; collective. mark: told the samples that pass the model."""
         started = time.perf_counter()
-        with _measuring(engine.module):
+        with measuring(engine.module):
             sums = {pictures: _sums(feed, engine, mark) for pictures, feed in self.feeds.items()}
         true = sums["true"]
         compared = true * np.array(self.with_pictures)
@@ -208,7 +208,7 @@ def _plan(parts: Sequence[tuple[int, _Part]], stage: Stage, seed: int) -> Plan:
 
 
 @contextmanager
-def _measuring(model: nn.Module) -> Generator[None]:
+def measuring(model: nn.Module) -> Generator[None]:
     """Evaluation mode without gradients; afterwards every module is in the mode of before."""
     before = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -6,7 +6,7 @@ import errno
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +27,7 @@ from mmit.train.stage_parts import announce, attend, build, make_engine
 
 if TYPE_CHECKING:
     from mmit.models import LoadedModel
+    from mmit.train.answers import Answers
     from mmit.train.checkpoint import RunState
     from mmit.train.counts import Counts
     from mmit.train.engine import Engine
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from mmit.train.features import StageFeatures
     from mmit.train.feed import Feed
     from mmit.train.loop import StopRequest
+    from mmit.train.metrics import Recorder
     from mmit.train.work import Work
 
 
@@ -90,6 +92,7 @@ class _Ready:
     features: StageFeatures | None
     feed: Feed
     evaluation: Evaluation | None
+    answers: Answers | None
     engine: Engine
     state: RunState
     work: Work | None
@@ -101,6 +104,17 @@ class _Ready:
     @property
     def folder(self) -> Path:
         return self.config.stage_folder(self.name)
+
+    def measure(self, step: int, recorder: Recorder | None, mark: Callable[[Sequence[str]], None]) -> None:
+        """Answers and losses of held-out samples after a step; collective."""
+        if self.answers is not None:
+            answers = self.answers.give(self.engine, step, mark)
+            if recorder is not None:
+                recorder.add_answers(answers)
+        if self.evaluation is not None:
+            record = self.evaluation.measure(self.engine, step, mark)
+            if recorder is not None:
+                recorder.add_evaluation(record)
 
 
 def _train(config: RunConfig, name: str, *, stop: StopRequest, fresh: bool) -> Path:
@@ -121,6 +135,7 @@ def _train(config: RunConfig, name: str, *, stop: StopRequest, fresh: bool) -> P
 
 def _make_ready(config: RunConfig, name: str, *, stop: StopRequest) -> _Ready:
     from mmit.train import checkpoint
+    from mmit.train.answers import plan_answers
     from mmit.train.engine import resolve_precision
     from mmit.train.evaluation import plan_evaluation
     from mmit.train.features import stage_features
@@ -145,7 +160,9 @@ def _make_ready(config: RunConfig, name: str, *, stop: StopRequest) -> _Ready:
         settings=deciding_settings(config, name),
     )
     evaluation = plan_evaluation(config, name, feed)
-    _check_ranks_agree(state, held_out="" if evaluation is None else evaluation.fingerprint)
+    answers = plan_answers(config, name, loaded, evaluation, feed.encode.template)
+    held_out = [part.fingerprint for part in (evaluation, answers) if part is not None]
+    _check_ranks_agree(state, held_out=" ".join(held_out))
     count_work = work_of(loaded.model) if is_measured(stage.log.mfu) else None
     engine = make_engine(stage, loaded, dtype=dtype)
     work = None if count_work is None else count_work()
@@ -157,6 +174,7 @@ def _make_ready(config: RunConfig, name: str, *, stop: StopRequest) -> _Ready:
         features=features,
         feed=feed,
         evaluation=evaluation,
+        answers=answers,
         engine=engine,
         state=state,
         work=work,
@@ -213,13 +231,8 @@ def _run(ready: _Ready, *, stop: StopRequest) -> Path:
         done = step
         if not check.is_done and (counts.images > 0 or step == first):
             check.verify(had_images=counts.images > 0)
-        evaluation = ready.evaluation
-        if evaluation is not None and (step % evaluation.every_steps == 0 or step == steps):
-            record = evaluation.measure(
-                ready.engine, step, lambda samples: watchdog.mark(EVALUATING, step=step, samples=samples)
-            )
-            if recorder is not None:
-                recorder.add_evaluation(record)
+        if ready.evaluation is not None and (step % ready.evaluation.every_steps == 0 or step == steps):
+            ready.measure(step, recorder, lambda samples: watchdog.mark(EVALUATING, step=step, samples=samples))
         if step % stage.save.every_steps == 0 and step < steps:
             save()
 

@@ -17,11 +17,11 @@ from PIL import Image
 from mmit.batch import collate
 from mmit.chat import Chat
 from mmit.chat.answer import Sampling, answer
-from mmit.chat.prompt import encode_prompt, read_prompt
 from mmit.conversation import Conversation, ImageRef, Message
 from mmit.encoding import encode_conversation
 from mmit.errors import CheckpointError, ConfigError, DataError
 from mmit.models.loaded import LoadedModel
+from mmit.models.prompts import encode_prompt, read_prompt
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "

@@ -17,12 +17,12 @@ from ranks import run_ranks
 from transformers import LlavaForConditionalGeneration
 
 from mmit.batch import IGNORE
-from mmit.chat.prompt import read_prompt
 from mmit.conversation import Conversation, ImageRef, Message
 from mmit.encoding import encode_conversation
 from mmit.errors import DataError
 from mmit.images import normalize
 from mmit.models import LoadedModel, build_model, load_model, save_model
+from mmit.models.prompts import read_prompt
 
 # fp32, logits of about 5: only the order of sums within attention may differ between a long and a short call
 ROUNDING = 2e-5

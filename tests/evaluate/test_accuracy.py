@@ -10,10 +10,11 @@ from PIL import Image
 from mmit.config import ComposedModel
 from mmit.conversation import Conversation, ImageRef, Message
 from mmit.errors import DataError
-from mmit.evaluate.accuracy import Asked, ask_all, by_type, majority, question_of
+from mmit.evaluate.accuracy import Asked, ask_all, by_type, majority
 from mmit.evaluate.losses import answer_loss
 from mmit.models import build_model
 from mmit.models.loaded import LoadedModel
+from mmit.turns import question_of
 
 
 def asked(kind: str, expected: str, answer: str) -> Asked:

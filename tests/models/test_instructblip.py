@@ -30,12 +30,12 @@ from transformers import (
     OPTConfig,
 )
 
-from mmit.chat.prompt import encode_prompt
 from mmit.config import ComposedModel, WholeModel
 from mmit.conversation import Conversation, ImageRef, Message
 from mmit.errors import CheckpointError
 from mmit.models import LoadedModel, build_model, load_model, load_weights, read_outline, save_model
 from mmit.models.formats.instructblip import module_name
+from mmit.models.prompts import encode_prompt
 
 Kind = Literal["llama", "opt"]
 QUESTION = "What colour is the circle?"

@@ -27,13 +27,13 @@ from transformers import (
 )
 
 from mmit.batch import Encoded
-from mmit.chat.prompt import encode_prompt
 from mmit.config import ComposedModel, Data, QFormerConnector, WholeModel
 from mmit.conversation import Conversation, ImageRef, Message
 from mmit.encoding import encode_conversation
 from mmit.errors import ConfigError, DataError
 from mmit.models import LoadedModel, build_model, load_model, read_outline, save_model
 from mmit.models.connectors.qformer import QFormer, Reading, Shape
+from mmit.models.prompts import encode_prompt
 from mmit.train.feed import make_encode
 
 SIZES: dict[str, Any] = {

@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 
 from mmit.batch import Encoded
 from mmit.chat import Chat
-from mmit.chat.prompt import read_prompt
 from mmit.config import ComposedModel
 from mmit.conversation import Conversation, ImageRef, Message
 from mmit.encoding import encode_conversation
 from mmit.errors import CheckpointError, ConfigError, DataError
 from mmit.models import LoadedModel, build_model, load_model, load_weights, save_model
 from mmit.models.outline import read_outline
+from mmit.models.prompts import read_prompt
 
 Build = Callable[..., LoadedModel]
 
