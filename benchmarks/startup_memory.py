@@ -102,7 +102,8 @@ def _rank(folder: Path, way: str) -> None:
     from mmit.models import build_model
     from mmit.models.placement import WHOLE, placed
     from mmit.train.allocator import memory_given_back
-    from mmit.train.engine import deepspeed_config, init_process_group
+    from mmit.train.deepspeed_settings import deepspeed_config
+    from mmit.train.engine import init_process_group
     from mmit.train.partition import Partitioned
 
     torch.set_num_threads(1)

@@ -23,8 +23,9 @@ class RunConfig(Section):
     output: str = "runs/{name}"
     """Folder of the run, ``{name}`` being its name; one folder per stage inside."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """``auto`` is bf16 on an accelerator and fp32 on CPU."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """``auto`` is bf16 on an accelerator and fp32 on CPU; ``fp16`` scales the loss and leaves out steps that overflow,
+    for devices without bf16."""
     model: Model
     stages: Annotated[dict[str, Stage], Field(min_length=1)]
     """Trained in this order."""

@@ -50,10 +50,30 @@ class Zero(Section):
 
     stage: Annotated[int, Field(ge=0, le=3)] = 2
     """What is partitioned over the ranks: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too."""
-    offload_optimizer: Literal["none", "cpu"] = "none"
-    """Where the optimizer state lives and is updated."""
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Where the optimizer state lives: ``cpu`` memory (stages 1 to 3), or files below ``nvme_path`` (stage 3; ZeRO-
+    Infinity, arXiv 2104.07857). It is updated on the CPU."""
+    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
+    """Where parameters lie while they are not used (stage 3)."""
+    nvme_path: str | None = None
+    """A folder on a local disk for what is offloaded to ``nvme``; it is empty again after the stage."""
     extra: dict[str, Any] = Field(default_factory=dict)
     """Merged last into DeepSpeed's dictionary; keys that mmit sets itself are refused."""
+
+    @model_validator(mode="after")
+    def _what_moves_is_partitioned(self) -> Zero:
+        if self.offload_optimizer == "cpu" and self.stage == 0:
+            raise ValueError("offload_optimizer: cpu needs stage 1, 2 or 3; stage 0 partitions nothing to be moved")
+        if self.offload_optimizer == "nvme" and self.stage != 3:
+            raise ValueError("offload_optimizer: nvme needs stage 3")
+        if self.offload_parameters != "none" and self.stage != 3:
+            raise ValueError(f"offload_parameters: {self.offload_parameters} needs stage 3")
+        uses_disk = "nvme" in (self.offload_optimizer, self.offload_parameters)
+        if uses_disk and self.nvme_path is None:
+            raise ValueError("nvme_path: offloading to nvme needs a folder on a local disk")
+        if self.nvme_path is not None and not uses_disk:
+            raise ValueError("nvme_path: nothing is offloaded to it; set offload_optimizer or offload_parameters: nvme")
+        return self
 
 
 class Save(Section):

@@ -1,8 +1,9 @@
-"""DeepSpeed's part: its dictionary, its engine, and the few questions that only it can answer."""
+"""DeepSpeed's part: its engine, and the few questions that only it can answer."""
 
 from __future__ import annotations
 
 import logging
+import math
 import resource
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
@@ -13,24 +14,9 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
-from mmit.config import Zero
 from mmit.distributed import local_rank, world_size
 from mmit.errors import ConfigError
-from mmit.train.deepspeed_keys import check_keys
-
-OWNED = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "optimizer",
-    "scheduler",
-    "bf16",
-    "fp16",
-    "zero_optimization.stage",
-    "zero_optimization.offload_optimizer",
-)
-"""Keys of DeepSpeed's dictionary that mmit derives from the run file; ``zero.extra`` may not set them."""
+from mmit.train.loss_scale import LossScale
 
 
 def device() -> torch.device:
@@ -63,64 +49,16 @@ def init_process_group() -> None:
 
 
 def resolve_precision(asked: str) -> torch.dtype:
-    """The dtype of the weights: ``auto`` is bf16 on an accelerator, fp32 on CPU, where bf16 has no fast path."""
+    """The dtype of the weights: ``auto`` is bf16 on an accelerator, fp32 on CPU, where bf16 has no fast path.
+
+    Raises ConfigError where the device does not compute fp16.
+    """
     if asked == "auto":
         asked = "fp32" if get_accelerator().device_name() == "cpu" else "bf16"
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[asked]
-
-
-def accumulation(*, rows_per_step: int, rows_per_micro_batch: int) -> int:
-    """Micro-batches of an optimizer step on each rank; the last one of a rank may hold empty rows."""
-    return -(-rows_per_step // (world_size() * rows_per_micro_batch))
-
-
-def deepspeed_config(
-    zero: Zero, *, dtype: torch.dtype, rows_per_micro_batch: int, micro_batches: int, clip_norm: float
-) -> dict[str, Any]:
-    """DeepSpeed's dictionary for one stage. Raises ConfigError where ``zero.extra`` is refused."""
-    if zero.offload_optimizer == "cpu" and zero.stage == 0:
-        raise ConfigError(
-            "zero.offload_optimizer: cpu needs zero.stage 1, 2 or 3; stage 0 partitions nothing that could be moved"
-        )
-    # In bf16 without ZeRO, DeepSpeed makes an optimizer step on zero gradients before the first one: weights decay and
-    # Adam's bias correction is one step ahead. Its stage 1 computes the same numbers without that.
-    stage = 1 if zero.stage == 0 and dtype != torch.float32 else zero.stage
-    sections: dict[str, Any] = {
-        "stage": stage,
-        "contiguous_gradients": True,
-        "overlap_comm": dtype != torch.float32,
-    }
-    if zero.offload_optimizer == "cpu":
-        sections["offload_optimizer"] = {
-            "device": "cpu",
-            "pin_memory": get_accelerator().device_name() != "cpu",
-        }
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": rows_per_micro_batch,
-        "gradient_accumulation_steps": micro_batches,
-        "gradient_clipping": clip_norm,
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "zero_optimization": sections,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW serves on CPU too and compiles nothing
-        "steps_per_print": 10**12,
-    }
-    _merge(config, zero.extra, "")
-    check_keys(config, zero.extra)
-    return config
-
-
-def _merge(config: dict[str, Any], extra: dict[str, Any], prefix: str) -> None:
-    for key, value in extra.items():
-        path = f"{prefix}{key}"
-        if isinstance(config.get(key), dict) and not isinstance(value, dict):
-            raise ConfigError(f"zero.extra: '{path}' is a section of DeepSpeed's dictionary, not the value {value!r}")
-        if path in OWNED:
-            raise ConfigError(f"zero.extra: '{path}' is set by mmit from the run file; change it there")
-        if isinstance(value, dict) and isinstance(config.get(key), dict):
-            _merge(config[key], value, f"{path}.")
-        else:
-            config[key] = value
+    if asked == "fp16" and not get_accelerator().is_fp16_supported():
+        where = "this CPU (it lacks AVX512-FP16)" if get_accelerator().device_name() == "cpu" else "this device"
+        raise ConfigError(f"precision: DeepSpeed does not train in fp16 on {where}; set it to bf16 or fp32")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[asked]
 
 
 class Engine:
@@ -149,6 +87,7 @@ class Engine:
         self.deepspeed.train()  # models are built in evaluation mode, without dropout and recomputation
         self.optimizer = self.deepspeed.optimizer
         self.zero_stage: int = config["zero_optimization"]["stage"]
+        self.loss_scale = LossScale(self.optimizer) if dtype == torch.float16 else None
 
     @property
     def module(self) -> nn.Module:
@@ -172,7 +111,9 @@ class Engine:
         """Count a micro-batch as done; at the end of a step update the weights and give the gradient norm.
 
         factor: share of each group's peak learning rate. update: False drops the gradients of the step and leaves every
-        bit of the weights and of the optimizer's state as it was; the same on every rank.
+        bit of the weights and of the optimizer's state as it was; the same on every rank. A step whose gradients
+        overflowed in fp16 is left out too, and its norm is infinite. Raises TrainingError where the loss scale cannot
+        fall any more.
         """
         at_boundary = self.deepspeed.is_gradient_accumulation_boundary()
         norm = None
@@ -183,8 +124,12 @@ class Engine:
                 limit = self._clip_norm or float("inf")
                 trained = [p for p in self.module.parameters() if p.requires_grad]
                 norm = float(torch.nn.utils.clip_grad_norm_(trained, limit))
+        before = 0.0 if self.loss_scale is None else self.loss_scale.scale
         with nullcontext() if update else self._without_update():
             self.deepspeed.step()
+        if at_boundary and self.loss_scale is not None and not self.deepspeed.was_step_applied():
+            self.loss_scale.note(before=before)
+            return math.inf
         if at_boundary and norm is None:
             norm = float(self.deepspeed.get_global_grad_norm() or 0.0)
         return norm

@@ -6,7 +6,8 @@ the stretches that it needs. Nothing is gathered, nothing is unpickled, and the 
 
     engine/rank-00003.safetensors   ``weight``, ``exp_avg``, ``exp_avg_sq``: the pieces one behind the other (1-D)
                                     metadata ``pieces``: [[name, start in the parameter, length], ...]
-    engine/state.json               optimizer steps, number of elements of every parameter, number of files
+    engine/state.json               optimizer steps, number of elements of every parameter, number of files, and in fp16
+                                    the loss scale
 
 What is not trained is not stored: it comes from where the stage began. Persistent buffers are kept by rank 0.
 """
@@ -38,12 +39,14 @@ def save(engine: Engine, folder: Path) -> None:
     """Write this rank's part of the state into ``folder``; every rank calls it."""
     folder.mkdir(parents=True, exist_ok=True)
     model, steps = engine.module, optimizer_steps(engine)
-    held = list(pieces(engine)) if rank() == 0 or is_partitioned(engine) else []
-    keys = (WEIGHT, *MOMENTS) if steps else (WEIGHT,)
-    empty = torch.empty(0)
-    tensors = {key: torch.cat([empty, *(piece.read(key).detach().cpu() for piece in held)]) for key in keys}
-    where = json.dumps([[piece.name, piece.start, piece.length] for piece in held])
-    save_file(tensors, folder / _file(rank()), metadata={"pieces": where})
+    values = {key: [torch.empty(0)] for key in ((WEIGHT, *MOMENTS) if steps else (WEIGHT,))}
+    where: list[tuple[str, int, int]] = []
+    for piece in pieces(engine) if rank() == 0 or is_partitioned(engine) else ():
+        where.append((piece.name, piece.start, piece.length))
+        for key, read in values.items():
+            read.append(piece.read(key).detach().cpu())
+    tensors = {key: torch.cat(read) for key, read in values.items()}
+    save_file(tensors, folder / _file(rank()), metadata={"pieces": json.dumps(where)})
     if rank() != 0:
         return
     kept = model.state_dict(keep_vars=True).keys()
@@ -51,6 +54,8 @@ def save(engine: Engine, folder: Path) -> None:
     save_file(buffers, folder / BUFFERS)
     sizes = {name: numel(parameter) for name, parameter in trained(model)}
     description = {"steps": steps, "parameters": sizes, "files": world_size()}
+    if engine.loss_scale is not None:
+        description["loss_scale"] = engine.loss_scale.state()
     (folder / DESCRIPTION).write_text(json.dumps(description), encoding="utf-8")
 
 
@@ -78,6 +83,8 @@ def load(engine: Engine, folder: Path) -> None:
             for key in (WEIGHT, *MOMENTS) if steps else (WEIGHT,):
                 piece.write(key, values.read(key, piece.name, piece.start, piece.length))
         finish(engine)
+    if engine.loss_scale is not None and "loss_scale" in description:
+        engine.loss_scale.restore(description["loss_scale"])
     _load_buffers(engine.module, folder / BUFFERS)
 
 

@@ -104,8 +104,10 @@ def train_steps(
                     flops=insight.work.flops(counts) if insight.work else 0,
                     mfu=insight.work.mfu(counts, seconds) if insight.work else None,
                     loss=done.loss,
-                    grad_norm=done.norm,
+                    grad_norm=done.norm if math.isfinite(done.norm) else None,
                     loss_by_source=done.by_source,
+                    loss_scale=None if engine.loss_scale is None else engine.loss_scale.scale,
+                    left_out_in_all=None if engine.loss_scale is None else engine.loss_scale.left_out,
                     spike=done.spike,
                     update_ratio=done.ratios,
                 )
@@ -163,7 +165,8 @@ def _optimizer_step(
             insight.ratios.before(step.step + 1)
         done = engine.close_micro_step(factor=factor, update=spike != "skip")
         norm = norm if done is None else done
-    _check_finite(norm, step, "gradient norm")
+    if engine.loss_scale is None or math.isnan(norm):  # in fp16 a step that overflowed is left out, and counted
+        _check_finite(norm, step, "gradient norm")
     return _Done(loss, norm, by_source, spike, insight.ratios.after())
 
 

@@ -72,7 +72,7 @@ class Recorder:
             f"step {record.step}/{self._steps}",
             f"loss {record.loss:.4f}",
             f"lr {lr:.2e}",
-            f"grad {record.grad_norm:.2f}",
+            "grad overflow" if record.grad_norm is None else f"grad {record.grad_norm:.2f}",
             f"{record.tokens / record.seconds:,.0f} tok/s",
             f"trained {record.trained_tokens / max(1, record.tokens):.1%}",
             f"data wait {record.wait_seconds / record.seconds:.0%}",
@@ -84,6 +84,8 @@ class Recorder:
             parts.append("update " + ", ".join(f"{part} {ratio:.1e}" for part, ratio in record.update_ratio.items()))
         if record.skipped_in_all:
             parts.append(f"skipped {record.skipped}, in all {record.skipped_in_all}")
+        if record.left_out_in_all:
+            parts.append(f"loss scale {record.loss_scale:g}, steps left out {record.left_out_in_all}")
         return "  ".join(parts)
 
     def draw(self) -> None:

@@ -7,17 +7,13 @@ writes and reads them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from deepspeed.utils import (
-    safe_get_local_fp32_param,
-    safe_get_local_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -49,39 +45,66 @@ def optimizer_steps(engine: Engine) -> int:
 
 
 def pieces(engine: Engine) -> Iterator[Piece]:
-    """The stretches of trained parameters that this rank holds."""
+    """The stretches of trained parameters that this rank holds; each is read and written before the next is asked."""
+    if engine.zero_stage == 3:
+        yield from _pieces_of_zero_3(engine)
+        return
     for name, parameter in trained(engine.module):
-        if hasattr(parameter, "ds_id"):
-            yield from _piece_of_zero_3(name, parameter)
-        elif hasattr(parameter, "_hp_mapping"):
+        if hasattr(parameter, "_hp_mapping"):
             yield from _piece_of_zero_1_2(name, parameter, _inner(engine))
         else:
             yield _whole(name, parameter, _inner(engine))
 
 
-def _piece_of_zero_3(name: str, parameter: Any) -> Iterator[Piece]:  # noqa: ANN401  (DeepSpeed adds attributes)
-    held = parameter.ds_tensor.numel()  # equal on all ranks; the last ones hold padding at their end
-    start = parameter.ds_process_group.rank() * held
-    length = min(held, parameter.ds_numel - start)
+def _pieces_of_zero_3(engine: Engine) -> Iterator[Piece]:
+    """Sub-group by sub-group, as DeepSpeed updates them: one that lies on disk is in memory while it is its turn."""
+    outer: Any = engine.optimizer
+    moments = _inner(engine).state
+    names = {id(parameter): name for name, parameter in trained(engine.module)}
+    for group, members in enumerate(outer.fp16_groups):
+        flat = outer.fp32_partitioned_groups_flat[group]
 
-    def read(key: str) -> Tensor:
-        value = safe_get_local_fp32_param(parameter) if key == WEIGHT else _local_moment(parameter, key)
-        return value.float()[:length]
+        def write(where: slice, key: str, value: Tensor, flat: Tensor = flat) -> None:
+            written.add(key)
+            (flat.data if key == WEIGHT else moments[flat][key])[where].copy_(value)
 
-    def write(key: str, value: Tensor) -> None:
-        padded = nn.functional.pad(value, (0, held - length))
-        if key == WEIGHT:
-            safe_set_local_fp32_param(parameter, padded)
-            parameter.ds_tensor.data.copy_(padded)
-        else:
-            safe_set_local_optimizer_state(parameter, padded, key)
+        def read(where: slice, key: str, flat: Tensor = flat) -> Tensor:
+            # a copy: what lies on disk passes through a buffer that the next sub-group takes
+            return (flat.data if key == WEIGHT else moments[flat][key])[where].float().clone()
 
-    if length > 0:
-        yield Piece(name=name, start=start, length=length, read=read, write=write)
+        with in_memory(outer, group) as written:
+            for parameter in members:
+                _, offset, held = outer.grad_position[outer.get_param_id(parameter)]
+                # equal on all ranks; the last ones hold padding at their end
+                start = parameter.ds_process_group.rank() * held
+                length = min(held, parameter.ds_numel - start)
+                if length > 0:
+                    yield Piece(
+                        name=names[id(parameter)],
+                        start=start,
+                        length=length,
+                        read=partial(read, slice(offset, offset + length)),
+                        write=partial(write, slice(offset, offset + length)),
+                    )
+            if written:  # the weights that the model computes with, wherever they lie
+                outer._reassign_or_swap_out_partitioned_parameters(group)
 
 
-def _local_moment(parameter: nn.Parameter, key: str) -> Tensor:
-    return safe_get_local_optimizer_state(parameter, key)
+@contextmanager
+def in_memory(optimizer: Any, group: int) -> Generator[set[str]]:  # noqa: ANN401  (DeepSpeed's classes share no type)
+    """While in force, a sub-group's master weights and moments are in memory (ZeRO-3), also where they lie on disk.
+
+    Gives a set: where something was put into it, they are written back.
+    """
+    written: set[str] = set()
+    on_disk = optimizer._swappable_optimizer_subgroup(group)
+    if on_disk:
+        optimizer._optimizer_states_and_gradient_swap_in(group)
+    yield written
+    if on_disk and written:
+        optimizer._optimizer_states_and_gradient_swap_out(group)
+    elif on_disk:
+        optimizer._release_swap_buffers(group)
 
 
 def _piece_of_zero_1_2(
@@ -128,8 +151,9 @@ def prepare(engine: Engine, steps: int) -> None:
     """Make room for the moments, which torch and DeepSpeed create in the first step only."""
     outer: Any = engine.optimizer
     inner = _inner(engine)
-    if steps:
-        for flat, group in _flat_tensors(engine):
+    for number, (flat, group) in enumerate(_flat_tensors(engine) if steps else ()):
+        with in_memory(outer, number) if engine.zero_stage == 3 else nullcontext(set()) as written:
+            written.update(MOMENTS)
             counter = flat.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
             inner.state[flat] = {
                 "step": torch.tensor(float(steps), dtype=torch.float32, device=counter),

@@ -11,7 +11,8 @@ class StepRecord:
     """What is known after an optimizer step; counts are over all ranks.
 
     loss: mean of -log p over the trained tokens of the step, in nats.
-    grad_norm: 2-norm of the gradient over all trained parameters, before clipping.
+    grad_norm: 2-norm of the gradient over all trained parameters, before clipping; None where it overflowed in fp16.
+    loss_scale, left_out_in_all: in fp16, that of the next step, and steps so far that overflowed and changed nothing.
     seconds, wait_seconds: wall clock of the step, and the part of it spent waiting for data (rank 0).
     loss_by_source: the loss over the trained tokens of each source that has any, where ``log.by_source`` asks for it.
     skipped, skipped_in_all: broken samples of the step, and of all steps so far.
@@ -25,7 +26,7 @@ class StepRecord:
     step: int
     loss: float
     lr: dict[str, float]
-    grad_norm: float
+    grad_norm: float | None
     tokens: int
     trained_tokens: int
     images: int
@@ -41,18 +42,22 @@ class StepRecord:
     mfu: float | None = None
     update_ratio: dict[str, float] = field(default_factory=dict)
     spike: str = ""
+    loss_scale: float | None = None
+    left_out_in_all: int | None = None
 
     def line(self) -> dict[str, Any]:
         """The line of ``metrics.jsonl``: what is not known or did not happen is left out."""
         known = ("loss_by_source", "flops", "mfu", "update_ratio", "spike")
-        return {key: value for key, value in asdict(self).items() if value or key not in known}
+        fp16 = () if self.loss_scale is not None else ("loss_scale", "left_out_in_all")
+        return {key: value for key, value in asdict(self).items() if key not in fp16 and (value or key not in known)}
 
     def values(self) -> dict[str, float]:
         """The numbers by name, as curves are called."""
         apart = ("step", "lr", "samples_digest", "loss_by_source", "update_ratio", "spike")
         parts = {"lr": self.lr, "loss": self.loss_by_source, "update_ratio": self.update_ratio}
         named = {f"{kind}/{name}": value for kind, part in parts.items() for name, value in part.items()}
-        return {key: value for key, value in self.line().items() if key not in apart} | named
+        alone = {key: value for key, value in self.line().items() if key not in apart and value is not None}
+        return alone | named
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -85,7 +85,7 @@ def _check_engine(stage: Stage, name: str, report: RunReport) -> None:
     def make() -> None:
         if not torch.accelerator.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would warn that it found none
-        from mmit.train.engine import deepspeed_config
+        from mmit.train.deepspeed_settings import deepspeed_config
 
         try:
             deepspeed_config(stage.zero, dtype=DTYPE, rows_per_micro_batch=1, micro_batches=1, clip_norm=1.0)

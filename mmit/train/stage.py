@@ -118,9 +118,10 @@ class _Ready:
 
 
 def _train(config: RunConfig, name: str, *, stop: StopRequest, fresh: bool) -> Path:
-    from mmit.train import checkpoint
+    from mmit.train import checkpoint, nvme
 
-    folder = config.stage_folder(name)
+    folder, zero = config.stage_folder(name), nvme.zero_of(config, name)
+    checkpoint.collectively(lambda: nvme.prepare(zero, where=f"stages.{name}.zero"), what=folder)
     lock = checkpoint.collectively(lambda: open_folder(folder, fresh=fresh) if rank() == 0 else None, what=folder)
     try:
         ready = _make_ready(config, name, stop=stop)
@@ -129,6 +130,7 @@ def _train(config: RunConfig, name: str, *, stop: StopRequest, fresh: bool) -> P
         announce(config, name, ready.feed.plan)
         return _run(ready, stop=stop)
     finally:
+        nvme.remove(zero)
         if lock is not None:
             lock.close()
 
@@ -164,7 +166,7 @@ def _make_ready(config: RunConfig, name: str, *, stop: StopRequest) -> _Ready:
     held_out = [part.fingerprint for part in (evaluation, answers) if part is not None]
     _check_ranks_agree(state, held_out=" ".join(held_out))
     count_work = work_of(loaded.model) if is_measured(stage.log.mfu) else None
-    engine = make_engine(stage, loaded, dtype=dtype)
+    engine = make_engine(config, name, loaded, dtype=dtype)
     work = None if count_work is None else count_work()
     state = checkpoint.resume(folder / "checkpoints", engine, state, steps=feed.plan.steps, config=config)
     return _Ready(

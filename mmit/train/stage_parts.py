@@ -29,7 +29,7 @@ def build(config: RunConfig, name: str, *, dtype: torch.dtype, tower: AbsentTowe
 
     stage = config.stages[name]
     in_pieces = stage.zero.stage == 3
-    kept = Partitioned(_engine_settings(stage, dtype)) if in_pieces else WHOLE
+    kept = Partitioned(_engine_settings(config, name, dtype)) if in_pieces else WHOLE
     with memory_given_back() if in_pieces else nullcontext(), placed(kept):
         loaded = build_model(config.model, dtype=dtype, seed=config.seed, adapter="drop", tower=tower)
     directory = start_directory(config, name)
@@ -59,13 +59,13 @@ def attend(loaded: LoadedModel, stage: Stage, name: str) -> None:
         )
 
 
-def make_engine(stage: Stage, loaded: LoadedModel, *, dtype: torch.dtype) -> Engine:
+def make_engine(config: RunConfig, name: str, loaded: LoadedModel, *, dtype: torch.dtype) -> Engine:
     """DeepSpeed's engine around the model, with what the stage trains made trainable."""
     from mmit.train.engine import Engine, device
     from mmit.train.optim import adamw, parameter_groups
     from mmit.train.trained import table
 
-    model = loaded.model
+    stage, model = config.stages[name], loaded.model
     groups = model.train_only(stage.train)
     if stage.activation_checkpointing:
         model.enable_activation_checkpointing()
@@ -76,12 +76,12 @@ def make_engine(stage: Stage, loaded: LoadedModel, *, dtype: torch.dtype) -> Eng
         betas=stage.optim.betas,
         eps=stage.optim.eps,
     )
-    return Engine(model, optimizer, _engine_settings(stage, dtype), dtype=dtype)
+    return Engine(model, optimizer, _engine_settings(config, name, dtype), dtype=dtype)
 
 
 def announce(config: RunConfig, name: str, plan: Plan) -> None:
     """Tell how the stage is cut into steps, ranks and micro-batches."""
-    from mmit.train.engine import accumulation
+    from mmit.train.deepspeed_settings import accumulation
 
     batch = config.stages[name].batch
     micro = accumulation(rows_per_step=batch.rows_per_step, rows_per_micro_batch=batch.rows_per_micro_batch)
@@ -110,12 +110,14 @@ def announce(config: RunConfig, name: str, plan: Plan) -> None:
         )
 
 
-def _engine_settings(stage: Stage, dtype: torch.dtype) -> dict[str, Any]:
-    from mmit.train.engine import accumulation, deepspeed_config
+def _engine_settings(config: RunConfig, name: str, dtype: torch.dtype) -> dict[str, Any]:
+    from mmit.train.deepspeed_settings import accumulation, deepspeed_config
+    from mmit.train.nvme import zero_of
 
+    stage = config.stages[name]
     rows = stage.batch.rows_per_micro_batch
     return deepspeed_config(
-        stage.zero,
+        zero_of(config, name),
         dtype=dtype,
         rows_per_micro_batch=rows,
         micro_batches=accumulation(rows_per_step=stage.batch.rows_per_step, rows_per_micro_batch=rows),

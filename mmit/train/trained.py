@@ -93,7 +93,17 @@ class FirstStepCheck:
 
 def _checksum(parameter: nn.Parameter) -> int:
     """A sum over the bits held by this rank: equal where no bit changed, as good as certain to differ elsewhere."""
-    held = getattr(parameter, "ds_tensor", parameter).detach().contiguous().reshape(-1)
+    held = getattr(parameter, "ds_tensor", parameter)
+    if getattr(held, "final_location", None) == "nvme":  # in memory or not, as it happens: read it
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return _sum_of_bits(parameter)
+    return _sum_of_bits(held)
+
+
+def _sum_of_bits(values: Tensor) -> int:
+    held = values.detach().contiguous().reshape(-1)
     bits = held.view(torch.int16 if held.element_size() == 2 else torch.int32)
     return int(bits.sum(dtype=torch.int64))
 

@@ -1,4 +1,6 @@
-"""A step's loss is the exact mean over all trained tokens of all ranks and micro-batches, under every ZeRO stage.
+"""A step's loss is the exact mean over all trained tokens of all ranks and micro-batches, recomputed or on features.
+
+The ZeRO stages, offloading and precisions: test_deepspeed_ways.py.
 
 The model cuts pictures into tiles, and one micro-batch of the four has the newline token between their rows.
 """
@@ -13,12 +15,6 @@ from runs import make_run
 pytestmark = pytest.mark.slow
 
 SETTINGS = [
-    "zero-0",
-    "zero-1",
-    "zero-2",
-    "zero-3",
-    "zero-2 offload",
-    "zero-3 offload",
     "zero-3 activation checkpointing",
     "zero-2 features",
     "zero-3 features",
@@ -56,19 +52,6 @@ def test_under_zero_3_no_rank_holds_a_whole_parameter_and_all_are_those_of_a_pla
 
 def test_values_that_are_not_finite_are_refused_by_every_rank(result: Any) -> None:
     assert result["born"]["refused"] == 2
-
-
-CHANGES = ["zero-3", "zero-1", "zero-3 offload", "zero-2 offload", "zero-3 bf16", "zero-0 bf16"]
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_run_that_changes_its_zero_stage_goes_on_as_one_that_does_not(result: Any, change: str) -> None:
-    found = result["elastic"][f"to {change}"]
-    assert found["same bits"]  # of every weight, right after loading
-    assert found["steps"][0] == found["steps"][1]  # Adam's bias correction goes on counting
-    assert found["moved"] > 5e-3
-    # fp32: only the order of sums differs; bf16: gradients of the stages are rounded apart, a bit of weights below 0.5
-    assert found["off"] <= (2**-9 if "bf16" in change else 3e-7)
 
 
 ADAPTERS = ["lora zero-2", "lora zero-3", "dora zero-3", "nf4 zero-2"]

@@ -7,7 +7,7 @@ import torch
 
 from mmit.config import Zero
 from mmit.errors import ConfigError
-from mmit.train.engine import deepspeed_config
+from mmit.train.deepspeed_settings import deepspeed_config
 
 
 def dictionary(extra: dict[str, Any]) -> dict[str, Any]:

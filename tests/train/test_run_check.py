@@ -96,7 +96,7 @@ def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
         tmp_path,
         model,
         one={"train": {"connector": 1e-3}, "zero": {"stage": 2, "extra": {"wall_clock_breakdwn": True}}},
-        two={"train": {"connector": 1e-3}, "zero": {"stage": 0, "offload_optimizer": "cpu"}},
+        two={"train": {"connector": 1e-3}, "zero": {"extra": {"zero_optimization": {"offload_param": {}}}}},
     )
     with pytest.raises(ConfigError) as caught:
         refuse_mistakes(checked(path), path)
