@@ -48,8 +48,9 @@ class Optim(Section):
 class Zero(Section):
     """DeepSpeed ZeRO (arXiv 1910.02054)."""
 
-    stage: Annotated[int, Field(ge=0, le=3)] = 2
-    """What is partitioned over the ranks: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too."""
+    stage: Annotated[int, Field(ge=0, le=3)] | Literal["auto"] = "auto"
+    """What is partitioned over the ranks: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too. ``auto``
+    takes the lowest that leaves room in the memory of a rank, and says why."""
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
     """Where the optimizer state lives: ``cpu`` memory (stages 1 to 3), or files below ``nvme_path`` (stage 3; ZeRO-
     Infinity, arXiv 2104.07857). It is updated on the CPU."""
@@ -64,9 +65,9 @@ class Zero(Section):
     def _what_moves_is_partitioned(self) -> Zero:
         if self.offload_optimizer == "cpu" and self.stage == 0:
             raise ValueError("offload_optimizer: cpu needs stage 1, 2 or 3; stage 0 partitions nothing to be moved")
-        if self.offload_optimizer == "nvme" and self.stage != 3:
+        if self.offload_optimizer == "nvme" and self.stage not in (3, "auto"):
             raise ValueError("offload_optimizer: nvme needs stage 3")
-        if self.offload_parameters != "none" and self.stage != 3:
+        if self.offload_parameters != "none" and self.stage not in (3, "auto"):
             raise ValueError(f"offload_parameters: {self.offload_parameters} needs stage 3")
         uses_disk = "nvme" in (self.offload_optimizer, self.offload_parameters)
         if uses_disk and self.nvme_path is None:
@@ -74,6 +75,12 @@ class Zero(Section):
         if self.nvme_path is not None and not uses_disk:
             raise ValueError("nvme_path: nothing is offloaded to it; set offload_optimizer or offload_parameters: nvme")
         return self
+
+    @property
+    def number(self) -> int:
+        """The stage, once it is chosen."""
+        assert self.stage != "auto", "mmit.train.zero_choice puts a number in its place"
+        return self.stage
 
 
 class Save(Section):

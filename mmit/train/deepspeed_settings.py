@@ -59,7 +59,7 @@ def deepspeed_config(
     # In bf16 without ZeRO, DeepSpeed makes an optimizer step on zero gradients before the first one: weights decay and
     # Adam's bias correction is one step ahead. In fp16 it keeps its loss scale and master weights in a class of its
     # own. Its stage 1 computes the same numbers without either.
-    stage = 1 if zero.stage == 0 and dtype != torch.float32 else zero.stage
+    stage = 1 if zero.number == 0 and dtype != torch.float32 else zero.number
     sections: dict[str, Any] = {
         "stage": stage,
         "contiguous_gradients": True,

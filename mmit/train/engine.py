@@ -84,6 +84,8 @@ class Engine:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         assert self.deepspeed.optimizer is not None, "DeepSpeed wraps the optimizer it was given"
+        # one rank has nothing to reduce: DeepSpeed would copy every gradient twice
+        self.deepspeed.enable_backward_allreduce &= not (self._clip_here and world_size() == 1)
         self.deepspeed.train()  # models are built in evaluation mode, without dropout and recomputation
         self.optimizer = self.deepspeed.optimizer
         self.zero_stage: int = config["zero_optimization"]["stage"]

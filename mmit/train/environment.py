@@ -49,7 +49,7 @@ def look(*, cache: Path) -> Environment:
 
     packages, extras, missing = _packages()
     devices = _devices()
-    memory = {"total_gib": _total_memory() / GIB, "shared_gib": _free(SHARED_MEMORY) / GIB}
+    memory = {"total_gib": total_memory() / GIB, "shared_gib": _free(SHARED_MEMORY) / GIB}
     disk = {"here_gib": _free(Path.cwd()) / GIB, "cache_gib": _free(cache.expanduser()) / GIB}
     threads = {
         "cores": os.cpu_count() or 1,
@@ -146,7 +146,8 @@ def _backends() -> dict[str, bool]:
     return {**names, "mpi": distributed.is_mpi_available()}
 
 
-def _total_memory() -> int:
+def total_memory() -> int:
+    """Bytes of memory that this machine has."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

@@ -86,9 +86,13 @@ def _check_engine(stage: Stage, name: str, report: RunReport) -> None:
         if not torch.accelerator.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would warn that it found none
         from mmit.train.deepspeed_settings import deepspeed_config
+        from mmit.train.zero_choice import least_stage
 
         try:
-            deepspeed_config(stage.zero, dtype=DTYPE, rows_per_micro_batch=1, micro_batches=1, clip_norm=1.0)
+            zero = stage.zero
+            if zero.stage == "auto":
+                zero = zero.model_copy(update={"stage": least_stage(zero)})
+            deepspeed_config(zero, dtype=DTYPE, rows_per_micro_batch=1, micro_batches=1, clip_norm=1.0)
         except ConfigError as error:
             raise ConfigError(f"stages.{name}.{error}") from None
 

@@ -119,11 +119,14 @@ class _Ready:
 
 def _train(config: RunConfig, name: str, *, stop: StopRequest, fresh: bool) -> Path:
     from mmit.train import checkpoint, nvme
+    from mmit.train.engine import resolve_precision
+    from mmit.train.zero_choice import with_zero_stage
 
     folder, zero = config.stage_folder(name), nvme.zero_of(config, name)
     checkpoint.collectively(lambda: nvme.prepare(zero, where=f"stages.{name}.zero"), what=folder)
     lock = checkpoint.collectively(lambda: open_folder(folder, fresh=fresh) if rank() == 0 else None, what=folder)
     try:
+        config = with_zero_stage(config, name, dtype=resolve_precision(config.precision))
         ready = _make_ready(config, name, stop=stop)
         if rank() == 0:
             write_whole(folder / "config.yaml", resolved_yaml(config).encode())
@@ -157,7 +160,7 @@ def _make_ready(config: RunConfig, name: str, *, stop: StopRequest) -> _Ready:
         stage=name,
         plan=feed.plan.fingerprint,
         world=world_size(),
-        zero_stage=stage.zero.stage,
+        zero_stage=stage.zero.number,
         precision=str(dtype).removeprefix("torch."),
         settings=deciding_settings(config, name),
     )

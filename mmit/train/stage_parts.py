@@ -28,7 +28,7 @@ def build(config: RunConfig, name: str, *, dtype: torch.dtype, tower: AbsentTowe
     from mmit.train.partition import Partitioned
 
     stage = config.stages[name]
-    in_pieces = stage.zero.stage == 3
+    in_pieces = stage.zero.number == 3
     kept = Partitioned(_engine_settings(config, name, dtype)) if in_pieces else WHOLE
     with memory_given_back() if in_pieces else nullcontext(), placed(kept):
         loaded = build_model(config.model, dtype=dtype, seed=config.seed, adapter="drop", tower=tower)
@@ -92,7 +92,7 @@ def announce(config: RunConfig, name: str, plan: Plan) -> None:
         plan.steps,
         batch.rows_per_step,
         batch.length,
-        config.stages[name].zero.stage,
+        config.stages[name].zero.number,
         world_size(),
         micro,
         batch.rows_per_micro_batch,
