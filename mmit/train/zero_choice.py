@@ -21,7 +21,7 @@ from mmit.train import checkpoint
 from mmit.train.environment import total_memory
 
 STATES = {torch.float32: 12, torch.bfloat16: 14, torch.float16: 14}
-"""Bytes that a trained parameter takes beside its weight: gradient, AdamW's moments, and in half precision the fp32 copy."""
+"""Bytes of a trained parameter beside its weight: gradient, AdamW's moments, and in half precision the fp32 copy."""
 
 SMALL = 0.05
 """Share of a rank's memory up to which states are held whole."""

@@ -54,7 +54,14 @@ def make_run(folder: Path, *, records: int = 60, **changes: Any) -> Path:
         "model": tiny_model_section(folder / "parts"),
         "launch": {"cpu_ranks": 2, "threads_per_rank": 1},
         "stages": {
-            "align": {**common, "train": {"connector": 1e-2}, "batch": batch, "epochs": 4, "save": {"every_steps": 4}},
+            "align": {
+                **common,
+                "train": {"connector": 1e-2},
+                "batch": batch,
+                "epochs": 4,
+                "save": {"every_steps": 4},
+                "zero": {"stage": 2},
+            },
             "instruct": {
                 **common,
                 "init_from": "align",
