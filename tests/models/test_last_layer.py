@@ -110,7 +110,7 @@ def positions_seen(modules: tuple[nn.Module, ...]) -> list[int]:
         plain = linear.forward
 
         def noting(states: torch.Tensor, plain: Callable[[torch.Tensor], torch.Tensor] = plain) -> torch.Tensor:
-            seen.append(states.shape[:-1].numel())
+            seen.append(states.shape[0] * states.shape[1])
             return plain(states)
 
         linear.__dict__[inside] = noting
