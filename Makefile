@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BENCH_STAMP := $(VENV)/.installed-bench
+BENCH ?=
 
 .PHONY: demo test lint bench clean
 
@@ -18,8 +20,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ty check mmit tests benchmarks
 
-bench: $(STAMP)
-	$(BIN)/python benchmarks/training.py
+# about 15 minutes; make bench BENCH='--rounds 3 --write-docs' for the tables of docs/performance.md
+bench: $(BENCH_STAMP)
+	$(BIN)/python benchmarks/training.py $(BENCH)
 
 clean:
 	rm -rf $(VENV) demo_run build dist
@@ -29,3 +32,7 @@ $(STAMP): pyproject.toml
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $(STAMP)
+
+$(BENCH_STAMP): $(STAMP)
+	$(BIN)/pip install --quiet --editable '.[bench]'
+	touch $(BENCH_STAMP)

@@ -1,87 +1,205 @@
-"""Training speed and memory of mmit beside transformers' Trainer with padded batches, on this machine's CPU.
+"""Training speed and memory of mmit beside four other ways to train the same model, on this machine's CPU.
 
-    python benchmarks/training.py --sizes tiny,small --stages 1,2 --rounds 3
+    python benchmarks/training.py                       about 15 minutes, as many rounds as fit
+    python benchmarks/training.py --rounds 3 --write-docs
+    python benchmarks/training.py --sizes tiny --stages 2 --ranks 1 --systems mmit,trainer --steps 4
 
-Both train the same random model on the same samples in the same precision with the same optimizer, one thread per rank.
-Runs alternate, each in fresh processes; ratios are taken within a round. On a busy machine trust CPU seconds, not the
-wall clock.
+All train the same random model on the same samples in the same precision with the same optimizer, one thread per rank.
+Systems take turns, each run in fresh processes; ratios are taken within a round. On a busy machine trust CPU seconds,
+not the wall clock. Results are written after every run: Ctrl-C keeps the table so far.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import shutil
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import count, product
 from pathlib import Path
+from typing import TypeVar
 
-from contest import check_same_work, prepare, run_mmit, run_trainer
-from report import Result, markdown, write
+from contest import Contest, Run, prepare
+from report import CPU, Result, chart, heading, machine, markdown, read, replace_section, summary, write
+from schedule import PREPARING, Cell, choose_steps, measure_speed, round_seconds
+from systems import BASE, OURS, PEERS, TITLES, check_same_work, run
 from world import ROWS_PER_STEP, SIZES, World, make_parts
 
+MOST_ROUNDS = 5
+ROOT = Path(__file__).parents[1]
+PICTURE = "training_speed.svg"
+T = TypeVar("T")
+SECTION = "training speed, written by benchmarks/training.py"
 
-def main() -> None:
+
+def main() -> int:
     options = _options()
+    if options.only_report:
+        return _tell(options, *read(options.out))
     folder = options.folder or Path(tempfile.mkdtemp(prefix="mmit-bench-"))
+    comparison = Comparison(options, folder)
     try:
-        results = [
-            _compare(World(folder / size, SIZES[size]), size, stage, options)
-            for size in options.sizes
-            for stage in options.stages
-        ]
+        comparison.measure()
+    except KeyboardInterrupt:
+        print("stopped; what was measured so far:")
+        if not comparison.results:
+            return 130
     finally:
         if options.folder is None:
             shutil.rmtree(folder, ignore_errors=True)
-    write(results, options.out, command="python benchmarks/training.py " + " ".join(sys.argv[1:]))
-    print(markdown(results))
+    return _tell(options, comparison.results, comparison.command, comparison.machine)
+
+
+class Comparison:
+    """All rounds of all cells; ``results`` grow with every run."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        self.options, self.folder = options, folder
+        self.command = " ".join(["python benchmarks/training.py", *sys.argv[1:]])
+        self.machine = machine()
+        self.cells = [Cell(*names) for names in product(options.sizes, options.stages, options.ranks)]
+        self.results: list[Result] = []
+        self._of: dict[Cell, Result] = {}
+        self._contests: dict[tuple[str, int], Contest] = {}
+        self._took: dict[Cell, float] = {}
+
+    def measure(self) -> None:
+        """Run everything that the options ask for."""
+        started, options = time.monotonic(), self.options
+        seconds = options.minutes * 60
+        steps = self._plan(seconds)
+        for number in count(1):
+            left = seconds - (time.monotonic() - started)
+            cells = self._next(number, left)
+            if not cells:
+                return
+            for cell in cells:
+                self._run_cell(cell, number, steps[cell.size, cell.stage])
+            minutes = (time.monotonic() - started) / 60
+            print(f"round {number} is done after {minutes:.1f} minutes", flush=True)
+
+    def _plan(self, seconds: float) -> dict[tuple[str, int], int]:
+        """Timed steps of each size and stage; says what is coming."""
+        options, speed = self.options, measure_speed()
+        made = PREPARING * len(options.sizes) * len(options.stages)
+        if options.steps:
+            steps = {(cell.size, cell.stage): options.steps for cell in self.cells}
+        else:
+            room = (seconds - made) if options.rounds is None else float("inf")
+            steps = choose_steps(speed, self.cells, options.systems, warmup=options.warmup, seconds=room)
+        one = round_seconds(speed, self.cells, options.systems, steps, warmup=options.warmup)
+        rounds = options.rounds or max(1, min(MOST_ROUNDS, int((seconds - made) / one)))
+        chosen = ", ".join(f"{size} stage {stage}: {number}" for (size, stage), number in steps.items())
+        print(f"one thread multiplies matrices at {speed.flops / 1e9:.0f} GFLOP/s; a start takes {speed.start:.0f} s")
+        print(f"timed steps of 16 samples: {chosen}")
+        print(
+            f"a round is {len(self.cells) * len(options.systems)} runs in about {one / 60:.0f} minutes on idle cores; "
+            f"about {(made + rounds * one) / 60:.0f} minutes for {rounds} round{'s'[: rounds > 1]}",
+            flush=True,
+        )
+        return steps
+
+    def _next(self, number: int, left: float) -> list[Cell]:
+        """The cells of a round: all that were asked for, or those that fit into the seconds left."""
+        if self.options.rounds is not None:
+            return self.cells if number <= self.options.rounds else []
+        if number == 1:
+            return self.cells
+        fitting: list[Cell] = []
+        for cell in sorted(self.cells, key=self._took.__getitem__) if number <= MOST_ROUNDS else []:
+            left -= self._took[cell]
+            if left > 0:
+                fitting.append(cell)
+        return fitting
+
+    def _run_cell(self, cell: Cell, number: int, steps: int) -> None:
+        contest = self._contest(cell, steps)
+        started = time.monotonic()
+        if cell not in self._of:
+            self._of[cell] = Result(facts={**contest.facts(), "ranks": cell.ranks})
+            self.results.append(self._of[cell])
+        result, runs = self._of[cell], dict[str, Run]()
+        result.rounds.append({})
+        # each round begins with another system, so that none is always behind the same one
+        systems = self.options.systems
+        turn = (number - 1) % len(systems)
+        for system in systems[turn:] + systems[:turn]:
+            runs[system] = run(system, contest, ranks=cell.ranks, overrides=self.options.set)
+            check_same_work(runs)
+            result.rounds[-1][system] = runs[system].figures()
+            write(self.results, self.options.out, command=self.command, on=self.machine)
+        self._took[cell] = time.monotonic() - started
+        seconds = ", ".join(f"{TITLES[name]} {found[CPU]:.4f}" for name, found in result.rounds[-1].items())
+        print(f"round {number}: {result.name}: CPU s/sample: {seconds} ({self._took[cell]:.0f} s)", flush=True)
+
+    def _contest(self, cell: Cell, steps: int) -> Contest:
+        """The data and the models of a size and a stage, made when they are first needed."""
+        key = cell.size, cell.stage
+        if key not in self._contests:
+            world = World(self.folder / cell.size, SIZES[cell.size])
+            if not world.language_model.exists():
+                make_parts(world)
+            self._contests[key] = prepare(world, cell.size, cell.stage, warmup_steps=self.options.warmup, steps=steps)
+        return self._contests[key]
+
+
+def _tell(options: argparse.Namespace, results: list[Result], command: str, on: dict[str, object]) -> int:
+    print(markdown(results, command=command, on=on))
     print(f"written to {options.out}")
-
-
-def _compare(world: World, size: str, stage: int, options: argparse.Namespace) -> Result:
-    if not world.language_model.exists():
-        make_parts(world)
-    contest = prepare(world, size, stage, warmup_steps=options.warmup, steps=options.steps)
-    mmit, trainer = [], []
-    for number in range(options.rounds):
-        ours = run_mmit(contest, ranks=options.ranks, overrides=options.set)
-        theirs = run_trainer(contest, ranks=options.ranks)
-        check_same_work(ours, theirs)
-        mmit.append(ours.figures())
-        trainer.append(theirs.figures())
-        faster = trainer[-1]["cpu_seconds_per_sample"] / mmit[-1]["cpu_seconds_per_sample"]
-        print(f"{size} stage {stage} round {number + 1}: {faster:.2f} times less CPU time than the Trainer", flush=True)
-    return Result(facts={**contest.facts(), "ranks": options.ranks}, mmit=mmit, trainer=trainer)
+    if options.write_docs:
+        (ROOT / "docs" / PICTURE).write_text(chart(results), encoding="utf-8")
+        in_full, in_short = markdown(results, command=command, on=on), heading(results, command=command, on=on)
+        pages = {
+            "docs/performance.md": (PICTURE, in_full),
+            "README.md": (f"docs/{PICTURE}", in_short + summary(results)),
+        }
+        for page, (picture, text) in pages.items():
+            shown = f"![Training speed by CPU time]({picture})\n\n{text}"
+            print(f"{page}: {'written' if replace_section(ROOT / page, SECTION, shown) else 'has no place for it'}")
+    return 0
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("--sizes", type=_names, default=list(SIZES), help=f"of {', '.join(SIZES)}, with commas")
-    parser.add_argument(
-        "--stages", type=_numbers, default=[1, 2], help="1 (connector), 2 (connector and LLM), with commas"
+    names, numbers = partial(_some, parse=str), partial(_some, parse=int)
+    add = parser.add_argument
+    add("--sizes", type=partial(names, of=list(SIZES)), default=list(SIZES), help=f"of {', '.join(SIZES)}, with commas")
+    add(
+        "--stages",
+        type=partial(numbers, of=[1, 2]),
+        default=[1, 2],
+        help="1 (connector), 2 (connector and LLM)",
     )
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each system (default 3)")
-    parser.add_argument("--ranks", type=int, default=1, choices=range(1, ROWS_PER_STEP + 1), help="processes of each")
-    parser.add_argument("--steps", type=int, default=6, help="timed optimizer steps of 16 samples (default 6)")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before them (default 2)")
-    parser.add_argument("--out", type=Path, default=Path("bench_results"), help="folder for training.json and .md")
-    parser.add_argument("--folder", type=Path, help="keep models and data here; else they are made anew and removed")
-    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="a change to mmit's run file")
-    return parser.parse_args()
+    add("--ranks", type=partial(numbers, of=range(1, ROWS_PER_STEP + 1)), default=[1, 2], help="of 1, 2")
+    add("--systems", type=partial(names, of=list(TITLES)), default=list(TITLES), help=f"of {', '.join(TITLES)}")
+    add("--minutes", type=float, default=15.0, help="choose steps and rounds so that this is enough (default 15)")
+    add("--rounds", type=int, help="runs of each system, however long they take")
+    add("--steps", type=int, help="timed optimizer steps of 16 samples (else chosen)")
+    add("--warmup", type=int, default=1, help="steps before them (default 1)")
+    add("--out", type=Path, default=Path("bench_results"), help="folder for training.json, .md and .svg")
+    add("--write-docs", action="store_true", help="also put tables and chart into docs/ and README.md")
+    add("--only-report", action="store_true", help="measure nothing; report what --out holds")
+    add("--folder", type=Path, help="keep models and data here; else they are made anew and removed")
+    add("--set", action="append", default=[], metavar="a.b=c", help="a change to mmit's run file")
+    options = parser.parse_args()
+    if {OURS, BASE} - set(options.systems):
+        parser.error(f"--systems: {OURS} and {BASE} are what ratios are taken between; keep both")
+    if "trl" in options.systems and importlib.util.find_spec("trl") is None:
+        others = ",".join(name for name in (OURS, *PEERS) if name != "trl")
+        parser.error(f"TRL is not installed: pip install 'mmit[bench]', or leave it out with --systems {others}")
+    return options
 
 
-def _names(text: str) -> list[str]:
-    names = text.split(",")
-    if unknown := set(names) - set(SIZES):
-        raise argparse.ArgumentTypeError(f"unknown size {', '.join(unknown)}")
-    return names
-
-
-def _numbers(text: str) -> list[int]:
-    numbers = [int(number) for number in text.split(",")]
-    if not set(numbers) <= {1, 2}:
-        raise argparse.ArgumentTypeError("stages are 1 and 2")
-    return numbers
+def _some(text: str, *, parse: Callable[[str], T], of: Sequence[T]) -> list[T]:
+    values = [parse(part) for part in text.split(",")]
+    if any(value not in of for value in values):
+        raise argparse.ArgumentTypeError(f"choose of {', '.join(map(str, of))}, with commas between them")
+    return list(dict.fromkeys(values))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

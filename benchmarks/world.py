@@ -9,9 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from samples import SYSTEM, Writer, vocabulary, write_records
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 SEED = 0
 LEARNING_RATE = 1e-4
@@ -144,8 +147,8 @@ def make_parts(world: World) -> None:
     make_tokenizer(world.language_model)
 
 
-def make_tokenizer(folder: Path) -> None:
-    """Write a tokenizer that needs about one token for a word of ``samples.vocabulary``."""
+def make_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Write a tokenizer that needs about one token for a word of ``samples.vocabulary``, and give it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -161,14 +164,16 @@ def make_tokenizer(folder: Path) -> None:
     often = f"{SYSTEM} USER: ASSISTANT: {words[0]}"
     core.train_from_iterator([*(f" {word} {word} {word}" for word in words), *[often] * 100], trainer)
     core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
         padding_side="right",
         model_max_length=4096,
-    ).save_pretrained(folder)
+    )
+    tokenizer.save_pretrained(folder)
+    return tokenizer
 
 
 def make_data(world: World, stage: int, *, steps: int) -> None:
