@@ -16,11 +16,12 @@ from gpu_model import SHAPES, build, lengths, steps, work
 from torch.profiler import ProfilerActivity, profile
 
 from mmit.batch import IGNORE, Batch
-from mmit.config import Stage
+from mmit.config import RunConfig
 from mmit.train.engine import Engine, init_process_group, peak_memory
 from mmit.train.stage import prepare_process
 from mmit.train.stage_parts import attend, make_engine
 
+STAGE = "measured"
 KINDS = (
     ("attention", r"flash|fmha|attention|attn"),
     ("matrix products", r"gemm|gemv|cutlass|nvjet|xmma|::mm\b|addmm|bmm|matmul|linear|conv"),
@@ -53,8 +54,8 @@ class Case:
         """bf16, and fp32 on CPUs."""
         return torch.float32 if self.device == "cpu" else torch.bfloat16
 
-    def section(self) -> Stage:
-        """The stage as a run file would have it."""
+    def config(self) -> RunConfig:
+        """As a run file would have it, but for the model, which is made in memory."""
         parts = ("connector", "language_model")[: self.stage]
         content = {
             "train": dict.fromkeys(parts, 1e-5),
@@ -62,7 +63,9 @@ class Case:
             "batch": {"length": self.length, "tokens_per_step": self.length * self.rows},
             **self.settings,
         }
-        return Stage.model_validate(content)
+        return RunConfig.model_validate(
+            {"name": self.size, "model": {"path": "random weights"}, "stages": {STAGE: content}}
+        )
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -74,8 +77,9 @@ def measure(case: Case) -> dict[str, Any]:
     init_process_group()
     shape = SHAPES[case.size]
     loaded = build(shape, dtype=case.dtype, device=case.device)
-    attend(loaded, case.section(), "measured")
-    engine = make_engine(case.section(), loaded, dtype=case.dtype)
+    config = case.config()
+    attend(loaded, config.stages[STAGE], STAGE)
+    engine = make_engine(config, STAGE, loaded, dtype=case.dtype)
     weights = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
     data = steps(shape, case.stage, length=case.length, rows=case.rows, count=case.warmup + case.steps + 1)
     timed = data[case.warmup : -1]
