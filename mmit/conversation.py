@@ -7,15 +7,16 @@ On disk a part is ``{"type": "text", "text": ...}`` or ``{"type": "image", "inde
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from msgspec import Struct, field
 
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 
 
-@dataclass(frozen=True)
-class ImageRef:
+# Structs, not dataclasses: a conversation makes dozens of them, in a sixth of the time.
+class ImageRef(Struct, frozen=True, gc=False, tag_field="type", tag="image"):
     """The place of an image in a message; ``index`` counts within the conversation."""
 
     index: int
@@ -24,8 +25,7 @@ class ImageRef:
 Part = str | ImageRef
 
 
-@dataclass(frozen=True, kw_only=True)
-class Message:
+class Message(Struct, frozen=True, kw_only=True, gc=False):
     """One turn. ``train`` says whether an assistant's turn is trained; None leaves it to the role (assistant: yes)."""
 
     role: Role
@@ -43,8 +43,7 @@ class Message:
         return self.role == "assistant" if self.train is None else self.train
 
 
-@dataclass(frozen=True, kw_only=True)
-class Conversation:
+class Conversation(Struct, frozen=True, kw_only=True):
     """Turns in order, and the encoded bytes of the images they refer to.
 
     images: one entry per image, in index order, as read from the source (JPEG, PNG, ...; never re-encoded). May be
@@ -57,7 +56,7 @@ class Conversation:
     images: tuple[bytes, ...] = ()
     sizes: tuple[tuple[int, int], ...] = ()
     source: str = ""
-    meta: Mapping[str, Any] = field(default_factory=dict)
+    meta: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def image_refs(self) -> tuple[ImageRef, ...]:

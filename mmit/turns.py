@@ -15,8 +15,9 @@ The rules for odd conversations, the same for every template:
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from itertools import pairwise
+
+from msgspec import structs
 
 from mmit.conversation import Conversation, ImageRef, Message, Part
 from mmit.errors import DataError
@@ -61,11 +62,11 @@ def question_of(conversation: Conversation) -> tuple[Conversation, str]:
     for number, turn in enumerate(turns):
         if turn.role == "assistant":
             shown = turns[:number]
-            used = [ref.index for ref in replace(conversation, messages=shown).image_refs]
+            used = [ref.index for ref in structs.replace(conversation, messages=shown).image_refs]
             if used != list(range(len(used))):
                 break
             kept = slice(0, len(used))
-            asked = replace(
+            asked = structs.replace(
                 conversation, messages=shown, images=conversation.images[kept], sizes=conversation.sizes[kept]
             )
             return asked, turn.text

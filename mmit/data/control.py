@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import hashlib
 import io
-from dataclasses import replace
 from functools import lru_cache
 from typing import Literal
 
 import numpy as np
+from msgspec import structs
 
 from mmit.conversation import Conversation, ImageRef, Message
 from mmit.data.facts import count_answers, read_facts
@@ -72,9 +72,9 @@ class ControlledSet:
 
     def _changed(self, own: Conversation, number: int, *, with_bytes: bool) -> Conversation:
         if self.control == "blank_image":
-            return replace(own, images=tuple(blank_picture(size) for size in own.sizes) if own.images else ())
+            return structs.replace(own, images=tuple(blank_picture(size) for size in own.sizes) if own.images else ())
         if self.control == "blank_instruction":
-            return replace(own, messages=tuple(map(_without_text, own.messages)))
+            return structs.replace(own, messages=tuple(map(_without_text, own.messages)))
         partner = int(self.partners[number])
         if partner == number:
             return own
@@ -85,7 +85,7 @@ class ControlledSet:
             error.args = (f"its partner in {self.control}, sample {partner}: {error}",)
             raise
         if self.control == "shuffle_image":
-            return replace(own, images=other.images if own.images else (), sizes=other.sizes)
+            return structs.replace(own, images=other.images if own.images else (), sizes=other.sizes)
         return _with_answers(own, other)
 
 
@@ -108,17 +108,17 @@ def circle(sizes: np.ndarray, stream: np.uint64) -> tuple[np.ndarray, int]:
 def _without_text(message: Message) -> Message:
     if message.role != "user":
         return message
-    return replace(message, content=tuple(part for part in message.content if isinstance(part, ImageRef)))
+    return structs.replace(message, content=tuple(part for part in message.content if isinstance(part, ImageRef)))
 
 
 def _with_answers(own: Conversation, other: Conversation) -> Conversation:
     assert count_answers(own) == count_answers(other), "partners have as many answers"
     answers = iter([message for message in other.messages if message.role == "assistant"])
     messages = [
-        replace(message, content=next(answers).content) if message.role == "assistant" else message
+        structs.replace(message, content=next(answers).content) if message.role == "assistant" else message
         for message in own.messages
     ]
-    return replace(own, messages=tuple(messages))
+    return structs.replace(own, messages=tuple(messages))
 
 
 @lru_cache(maxsize=64)

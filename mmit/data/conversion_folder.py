@@ -7,7 +7,6 @@ TARGET.partial/shard-000003.tar
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mmit.data.atomic import cannot_write, write_whole
+from mmit.data.locks import hold
 from mmit.data.shards import MANIFEST
 from mmit.errors import DataError
 
@@ -36,14 +36,12 @@ def exclusive(partial: Path) -> Generator[None]:
     path = partial.with_name(f".{partial.name}.lock")
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.open("w")
+        lock = hold(path)
     except OSError as error:
         raise cannot_write(path, error) from None
+    if lock is None:
+        raise DataError(f"{partial}: another process is converting into it; wait for it to end")
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"{partial}: another process is converting into it; wait for it to end") from None
         try:
             yield
         finally:

@@ -6,7 +6,8 @@ A video lies in a shard as pictures, its frames, with their times in ``meta.seco
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
+
+from msgspec import structs
 
 from mmit.conversation import Conversation, ImageRef, Message
 from mmit.data.control import ControlledSet
@@ -60,7 +61,7 @@ def with_frames(conversation: Conversation, most: int) -> Conversation:
     place = {old: new for new, old in enumerate(kept)}
     times = [seconds[number] for number in kept]
     before, after = time_sentence(seconds), time_sentence(times)
-    return replace(
+    return structs.replace(
         conversation,
         messages=tuple(_with(message, place, before, after) for message in conversation.messages),
         images=tuple(conversation.images[number] for number in kept) if conversation.images else (),
@@ -75,4 +76,4 @@ def _with(message: Message, place: dict[int, int], before: str, after: str) -> M
         for part in message.content
         if isinstance(part, str) or part.index in place
     )
-    return replace(message, content=content)
+    return structs.replace(message, content=content)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal
 
 import numpy as np
+from msgspec import structs
 
 from mmit.conversation import Conversation
 from mmit.data.control import blank_picture, circle
@@ -51,11 +51,11 @@ class HeldOutSet:
         """The sample with the pictures that it is measured with. Raises as the set does, also for the partner."""
         own = self._shards.read(int(self._numbers[number]))
         if self._pictures == "blank":
-            return replace(own, images=tuple(blank_picture(size) for size in own.sizes))
+            return structs.replace(own, images=tuple(blank_picture(size) for size in own.sizes))
         if self._partners is None:
             return own
         other = self._shards.read(int(self._numbers[self._partners[number]]))
-        return replace(own, images=other.images, sizes=other.sizes)
+        return structs.replace(own, images=other.images, sizes=other.sizes)
 
     def read_text(self, number: int) -> Conversation:
         """The sample, without the bytes of its images where their sizes are stored."""
@@ -63,7 +63,7 @@ class HeldOutSet:
         if self._partners is None:
             return own
         other = self._shards.read_text(int(self._numbers[self._partners[number]]))
-        return replace(own, images=other.images, sizes=other.sizes)
+        return structs.replace(own, images=other.images, sizes=other.sizes)
 
     def place(self, number: int) -> tuple[str, str]:
         """Shard and key of the sample."""

@@ -10,7 +10,7 @@ import hashlib
 import io
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,14 +18,20 @@ import numpy as np
 
 from mmit.data.atomic import write_whole
 from mmit.data.faults import StorageError
-from mmit.data.tar_scan import BLOCK, END, TarError, members
+from mmit.data.tar_scan import BLOCK, END, Member, TarError, members
 
-ROW = np.dtype([("offset", "<u8"), ("nbytes", "<u4"), ("check", "<u4"), ("images", "<u4")])
-"""One sample: the span of its members, a checksum of its first header, its number of images.
+_SPAN = [("offset", "<u8"), ("nbytes", "<u4"), ("check", "<u4"), ("images", "<u4")]
+_PLACES = [("json", "<u4"), ("json_bytes", "<u4"), ("json_check", "<u4"), ("image", "<u4"), ("image_bytes", "<u4")]
+ROW = np.dtype(_SPAN + _PLACES)
+"""One sample: the span of its members, a checksum of its first header, its number of images; and for a sample of one
+JSON and at most one image where these lie in the span, and a checksum of the JSON's header, so that the other headers
+need no reading (else zeros).
 
 The last row is no sample: offset is the size of the tar, nbytes the bytes after the last member, check the low half of
 its time of modification.
 """
+
+_ELSEWHERE = (0, 0, 0, 0, 0)
 
 IMAGE_TYPES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"})
 
@@ -75,7 +81,7 @@ def scan(tar: Path) -> np.ndarray:
         state = os.fstat(file)
         rows = list(_samples(file, state.st_size))
         end = rows[-1][0] + rows[-1][1] if rows else 0
-        rows.append((state.st_size, state.st_size - end, state.st_mtime_ns & 0xFFFFFFFF, 0))
+        rows.append((state.st_size, state.st_size - end, state.st_mtime_ns & 0xFFFFFFFF, 0, *_ELSEWHERE))
     except TarError as fault:
         hint = "; it is compressed: unpack it first" if _is_compressed(file) else ""
         raise StorageError(f"{tar}: {fault}{hint}") from None
@@ -98,18 +104,22 @@ def store_index(path: Path, rows: np.ndarray) -> bool:
 
 def digest(rows: np.ndarray) -> str:
     """A hash of what an index says: it changes with any name, size or order in the tar."""
-    return hashlib.sha256(np.ascontiguousarray(rows).tobytes()).hexdigest()
+    spans = np.empty(len(rows), dtype=_SPAN)
+    for name, _ in _SPAN:
+        spans[name] = rows[name]
+    return hashlib.sha256(spans.tobytes()).hexdigest()
 
 
-def _samples(file: int, size: int) -> Iterator[tuple[int, int, int, int]]:
+def _samples(file: int, size: int) -> Iterator[tuple[int, ...]]:
     seen: set[str] = set()
-    extensions: set[str] = set()
-    key, start, end, images = "", 0, 0, 0
+    found: dict[str, Member] = {}
+    key, start, end = "", 0, 0
 
-    def row() -> tuple[int, int, int, int]:
+    def row() -> tuple[int, ...]:
         if end - start >= 1 << 32:
             raise TarError(start, key, "a sample of 4 GiB or more")
-        return start, end - start, zlib.crc32(os.pread(file, BLOCK, start)), images
+        images = sum(image_number(extension) is not None for extension in found)
+        return start, end - start, zlib.crc32(os.pread(file, BLOCK, start)), images, *_places(file, found, start)
 
     for member in members(lambda at, count: os.pread(file, count, at), 0, size, whole_archive=True):
         split = split_name(member.name)
@@ -118,18 +128,27 @@ def _samples(file: int, size: int) -> Iterator[tuple[int, int, int, int]]:
         if split[0] != key:
             if key:
                 yield row()
-            key, start, images = split[0], member.start, 0
+            key, start = split[0], member.start
             if key in seen:
                 raise TarError(member.start, member.name, f"the key '{key}' comes again: its members are not together")
             seen.add(key)
-            extensions = set()
-        if split[1] in extensions:
+            found = {}
+        if split[1] in found:
             raise TarError(member.start, member.name, "this member comes twice")
-        extensions.add(split[1])
-        images += image_number(split[1]) is not None
+        found[split[1]] = member
         end = member.end
     if key:
         yield row()
+
+
+def _places(file: int, found: Mapping[str, Member], start: int) -> tuple[int, ...]:
+    """Where JSON and image lie in a sample that has no other text and no other image."""
+    images = [member for extension, member in found.items() if image_number(extension) is not None]
+    if "json" not in found or "txt" in found or len(images) > 1:
+        return _ELSEWHERE
+    text = found["json"]
+    place, size = (images[0].data - start, images[0].size) if images else (0, 0)
+    return text.data - start, text.size, zlib.crc32(os.pread(file, BLOCK, text.data - BLOCK)), place, size
 
 
 def _is_compressed(file: int) -> bool:
@@ -146,7 +165,7 @@ def _read_fresh(path: Path, tar: Path) -> np.ndarray | None:
         return None
     if rows.dtype != ROW or rows.ndim != 1 or not len(rows):
         return None
-    size, tail, check, _ = rows[-1].tolist()
+    size, tail, check, *_ = rows[-1].tolist()
     if size != state.st_size or check != state.st_mtime_ns & 0xFFFFFFFF:
         return None
     try:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
+from msgspec import structs
 
 from mmit.conversation import Conversation, ImageRef, Message
 from mmit.data import quarantine
@@ -143,7 +144,7 @@ def cut_turns(conversation: Conversation, turns: int) -> Conversation:
     messages = conversation.messages[:turns]
     used = [part.index for message in messages for part in message.content if isinstance(part, ImageRef)]
     new = {old: position for position, old in enumerate(used)}
-    return replace(
+    return structs.replace(
         conversation,
         messages=tuple(_renumbered(message, new) for message in messages),
         images=tuple(conversation.images[old] for old in used) if conversation.images else (),
@@ -164,7 +165,7 @@ def _without_quarantined(table: LengthTable, shards: TextSet) -> LengthTable:
 
 def _renumbered(message: Message, new: dict[int, int]) -> Message:
     content = tuple(ImageRef(new[part.index]) if isinstance(part, ImageRef) else part for part in message.content)
-    return replace(message, content=content)
+    return structs.replace(message, content=content)
 
 
 def _cut(shards: TextSet, number: int, measure: Measure, length: int, tiles_per_row: int) -> tuple[int, int, int, int]:

@@ -26,7 +26,7 @@ from mmit.data.remote import is_remote, read_small
 from mmit.data.shard_cache import RemoteShards, ShardCache
 from mmit.data.shard_files import ShardFiles
 from mmit.data.shards import MANIFEST, Manifest, ShardInfo
-from mmit.data.tar_scan import BLOCK, Member, Read, TarError, members, plain_members
+from mmit.data.tar_scan import BLOCK, Member, Read, TarError, members
 from mmit.errors import DataError
 
 CACHE = Path("~/.cache/mmit")
@@ -228,20 +228,25 @@ class ShardSet:
         return self.manifest.shards[self._locate(number)[0]]
 
     def read(self, number: int) -> Conversation:
-        """The sample with its images: one read.
+        """The sample with its images: one read for the JSON, one for each image.
 
         Raises SampleError for a broken sample, StorageError for a shard that cannot be read or was replaced.
         """
         shard, row = self._locate(number)
-        offset, count, check, _ = self._rows[shard].item(row)
+        places = self._rows[shard].item(row)
+        offset, count, check, image_count, json, *_, image, image_bytes = places
+        if json:
+            pictures = (self._files.read(shard, image_bytes, offset + image),) if image_count else ()
+            own = self._own(shard, places, pictures)
+            if own is not None:
+                return own
         span = self._files.read(shard, count, offset)
         self._check(span[:BLOCK], check, shard)
 
         def read(at: int, size: int) -> bytes:
             return span[at - offset : at - offset + size]
 
-        found = plain_members(span, offset) or self._members(shard, offset, offset + count, read)
-        key, text, images = _by_kind(found)
+        key, text, images = _by_kind(self._members(shard, offset, offset + count, read))
         images.sort()
         pictures = tuple([read(member.data, member.size) for _, member in images])
         texts = {kind: read(member.data, member.size) for kind, member in text.items()}
@@ -253,7 +258,12 @@ class ShardSet:
         Raises as ``read`` does.
         """
         shard, row = self._locate(number)
-        offset, count, check, _ = self._rows[shard].item(row)
+        places = self._rows[shard].item(row)
+        offset, count, check, _, json, *_ = places
+        if json:
+            own = self._own(shard, places, ())
+            if own is not None:
+                return own
 
         def read(at: int, size: int) -> bytes:
             return self._files.read(shard, size, at)
@@ -263,6 +273,13 @@ class ShardSet:
         texts = {kind: read(member.data, member.size) for kind, member in text.items()}
         found = stored.without_images(texts, image_count=len(images), key=key, source=self.name)
         return self.read(number) if found is None else found
+
+    def _own(self, shard: int, places: tuple[int, ...], images: tuple[bytes, ...]) -> Conversation | None:
+        """The conversation in a sample whose JSON mmit wrote, else None. places: its row of the index."""
+        offset, _, _, image_count, json, size, check, *_ = places
+        content = self._files.read(shard, BLOCK + size, offset + json - BLOCK)
+        self._check(content[:BLOCK], check, shard)
+        return stored.own(content[BLOCK:], images, image_count=image_count, source=self.name)
 
     def _locate(self, number: int) -> tuple[int, int]:
         if not 0 <= number < len(self):

@@ -88,31 +88,6 @@ def members(read: Read, start: int, stop: int, *, whole_archive: bool) -> Iterat
         raise TarError(at, last, "the end-of-archive marker after this member is missing: the file was cut off")
 
 
-def plain_members(span: bytes, start: int) -> list[Member] | None:
-    """The files in the span of a sample that begins at byte ``start`` of its tar, where all are plain ustar ones.
-
-    None where a header is anything else, or wrong: ``members`` tells. A third of its time, of every sample's reading.
-    """
-    found: list[Member] = []
-    at = 0
-    while at < len(span):
-        try:
-            name, size_field, sum_field, kind, magic, prefix = _HEADER.unpack_from(span, at)
-            size, stored = int(size_field[:11], 8), int(sum_field[:6], 8)
-            path = name.partition(b"\0")[0].decode("utf-8")
-        except (struct.error, ValueError):
-            return None
-        if kind != b"0" or magic != b"ustar\0" or prefix[:1] != b"\0":
-            return None
-        data = at + BLOCK
-        if (_sum(span[at:data], sum_field) - stored) % 65521:
-            return None
-        end = data + (size + BLOCK - 1) // BLOCK * BLOCK
-        found.append(Member(path, start + at, start + data, size, start + end))
-        at = end
-    return found if at == len(span) else None
-
-
 def _sum(header: bytes, sum_field: bytes) -> int:
     """The checksum of a header, modulo 65521."""
     # the low half of adler32 is 1 + the sum of the bytes: the sum of 512 bytes without a Python loop

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal
+
+from msgspec import structs
 
 from mmit.conversation import Conversation
 from mmit.data.control import blank_picture
@@ -22,7 +23,7 @@ def with_pictures(conversations: Sequence[Conversation], pictures: Pictures) -> 
     if pictures == "true":
         return list(conversations)
     if pictures == "blank":
-        return [replace(c, images=tuple(blank_picture(size) for size in c.sizes)) for c in conversations]
+        return [structs.replace(c, images=tuple(blank_picture(size) for size in c.sizes)) for c in conversations]
     alike: dict[int, list[int]] = {}
     for number, conversation in enumerate(conversations):
         alike.setdefault(len(conversation.images), []).append(number)
@@ -30,6 +31,6 @@ def with_pictures(conversations: Sequence[Conversation], pictures: Pictures) -> 
     for members in alike.values():
         lender.update(zip(members, members[1:] + members[:1], strict=True))
     return [
-        replace(c, images=conversations[lender[n]].images, sizes=conversations[lender[n]].sizes)
+        structs.replace(c, images=conversations[lender[n]].images, sizes=conversations[lender[n]].sizes)
         for n, c in enumerate(conversations)
     ]

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import fcntl
 import shutil
-import time
 from pathlib import Path
 from typing import IO
 
+from mmit.data.locks import hold
 from mmit.errors import ConfigError
-
-PATIENCE_SECONDS = 6.0
 
 
 def open_folder(folder: Path, *, fresh: bool) -> IO[str]:
     """Make the folder of a stage, and hold it: the lock is free again when the file is closed or this process ends."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = (folder.parent / f".{folder.name}.lock").open("w")
-        _hold(lock, folder)
+        lock = hold(folder.parent / f".{folder.name}.lock")
+        if lock is None:
+            raise ConfigError(f"{folder} is being trained by another process; wait for it or take another 'output'")
         if fresh and folder.exists() and any(folder.iterdir()):  # a run that failed early leaves an empty one
             if not (folder / "config.yaml").is_file():
                 raise ConfigError(
@@ -29,19 +27,3 @@ def open_folder(folder: Path, *, fresh: bool) -> IO[str]:
     except OSError as error:
         raise ConfigError(f"output {folder}: cannot be written: {error.strerror}") from None
     return lock
-
-
-def _hold(lock: IO[str], folder: Path) -> None:
-    """Lock the file; of a run that was killed a reading process may hold it for some seconds more."""
-    last = time.monotonic() + PATIENCE_SECONDS
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() < last:
-                time.sleep(0.2)
-                continue
-            raise ConfigError(
-                f"{folder} is being trained by another process; wait for it or take another 'output'"
-            ) from None
-        return

@@ -3,7 +3,6 @@
 import io
 import pickle
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 from data_factories import make_shards, measure, picture, talk
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 from PIL import Image
 
 from mmit.conversation import Conversation, ImageRef, Message
@@ -61,7 +61,7 @@ def test_blank_images_are_grey_and_of_their_own_size(shards: ShardSet) -> None:
     changed = controlled(shards, "blank_image")
     for number in range(COUNT):
         own, blank = shards.read(number), changed.read(number)
-        assert replace(blank, images=own.images) == own
+        assert structs.replace(blank, images=own.images) == own
         for data, size in zip(blank.images, own.sizes, strict=True):
             with Image.open(io.BytesIO(data)) as found:
                 assert found.size == size
@@ -73,7 +73,7 @@ def test_shuffled_images_come_from_another_sample_with_as_many(shards: ShardSet)
     found = [changed.read(number) for number in range(COUNT)]
     for number in range(COUNT):
         own = shards.read(number)
-        assert replace(found[number], images=own.images, sizes=own.sizes) == own
+        assert structs.replace(found[number], images=own.images, sizes=own.sizes) == own
         assert changed.read_text(number).sizes == found[number].sizes
         if number < 6:
             assert found[number].images != own.images

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from data_factories import encode, llava_record, make_shards, measure, picture, talk, write_source
 from model_factories import tiny_model_section
+from msgspec import structs
 from shard_server import serving
 from test_shards import write_tar
 from typer.testing import CliRunner
@@ -94,7 +95,7 @@ def test_control_tokens_in_a_text_are_found_in_any_turn() -> None:
 
 def test_a_token_that_a_picture_cuts_in_two_is_none() -> None:
     message = Message(role="user", content=("<im", ImageRef(0), "age>"))
-    sample = replace(spoken("Red."), messages=(message, Message(role="assistant", content=("Red.",))))
+    sample = structs.replace(spoken("Red."), messages=(message, Message(role="assistant", content=("Red.",))))
     assert list(examine(sample, COMMON)) == []
 
 
@@ -107,7 +108,7 @@ def test_turns_out_of_order_are_warnings() -> None:
 
 
 def test_the_content_key_is_that_of_pictures_and_text_alone() -> None:
-    one, other = spoken("Red."), replace(spoken("Red."), id="y/2", meta={"a": 1}, source="y")
+    one, other = spoken("Red."), structs.replace(spoken("Red."), id="y/2", meta={"a": 1}, source="y")
     assert content_key(one) == content_key(other)
     keys = {
         int(content_key(sample)[0])
@@ -138,7 +139,7 @@ def test_samples_that_come_again_under_another_name_are_found(tmp_path: Path) ->
 
 def test_samples_of_the_other_set_are_errors_and_shared_pictures_warnings(tmp_path: Path) -> None:
     train = written(tmp_path / "train", [spoken("Red."), spoken("Is it red?"), spoken("No.", colour="blue")])
-    test = written(tmp_path / "test", [replace(spoken("Red."), id="other")])
+    test = written(tmp_path / "test", [structs.replace(spoken("Red."), id="other")])
     report = check(train, QUIET, against=[test])
     assert findings(report) == {
         "is in … too, with the same pictures and text": ("error", 1),

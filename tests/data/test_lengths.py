@@ -1,12 +1,12 @@
 """Lengths are measured once, in parallel, and what is too long is treated as asked."""
 
 import multiprocessing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from data_factories import make_shards, measure, picture
+from msgspec import structs
 
 from mmit.conversation import Conversation, ImageRef, Message
 from mmit.data import lengths, side_files
@@ -33,7 +33,7 @@ def dialogue(*turns: str, name: str = "s/0", images: int = 0) -> Conversation:
     """Turns of words, the user first; ``images`` pictures stand in the last question."""
     messages = [Message(role="user" if n % 2 == 0 else "assistant", content=(turn,)) for n, turn in enumerate(turns)]
     at = (len(turns) - 1) // 2 * 2
-    messages[at] = replace(messages[at], content=(*map(ImageRef, range(images)), *messages[at].content))
+    messages[at] = structs.replace(messages[at], content=(*map(ImageRef, range(images)), *messages[at].content))
     return Conversation(id=name, messages=tuple(messages), images=(picture(),) * images, sizes=((8, 6),) * images)
 
 

@@ -17,6 +17,7 @@ import torch
 from data_factories import bomb, encode, make_shards, measure, picture, talk
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from mmit.batch import IGNORE, Encoded
 from mmit.conversation import Conversation, ImageRef, Message
@@ -234,7 +235,7 @@ def test_damaged_pictures_of_any_kind_are_holes(tmp_path: Path) -> None:
 
     def decoding(conversation: Conversation) -> Encoded:
         pixels = torch.cat([spec.prepare(image) for image in conversation.images])
-        return replace(encode(replace(conversation, images=())), pixels=pixels)
+        return replace(encode(structs.replace(conversation, images=())), pixels=pixels)
 
     (step,) = loader(planned(open_source(tmp_path)), encode=decoding, max_skipped=1)
     assert sorted(step.batches[0].sample_ids) == ["s/0"]

@@ -119,7 +119,9 @@ def test_reading_the_text_alone_gives_the_same_but_for_the_bytes(tmp_path: Path)
         assert (text.messages, text.sizes, text.id, text.images) == (whole.messages, whole.sizes, whole.id, ())
 
 
-def test_a_sample_costs_one_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sample_costs_one_read_for_its_json_and_one_for_its_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shards = make_shards(tmp_path, 6)
     calls: list[int] = []
     real = os.pread
@@ -131,7 +133,7 @@ def test_a_sample_costs_one_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(os, "pread", counted)
     for number in range(6):
         shards.read(number)
-    assert len(calls) == 6
+    assert len(calls) == len(shards) + int(shards.images.sum()) == 10
 
 
 def test_shards_can_be_pickled_and_read_elsewhere(tmp_path: Path) -> None:
@@ -223,7 +225,10 @@ def test_long_names_are_read(tmp_path: Path, form: int) -> None:
             {"x.json": json.dumps({"conversations": TURNS}).encode()},
             "more <image> placeholders than the record has images",
         ),
-        ({"x.json": b'{"images": [], "messages": [{"role": "user", "content": [{"type": "text"}]}]}'}, "KeyError"),
+        (
+            {"x.json": b'{"images": [], "messages": [{"role": "user", "content": [{"type": "text"}]}]}'},
+            "required field `text`",
+        ),
         (
             {"x.json": b'{"images": [{"w": 1, "h": 1}], "messages": [{"role": "user", "content": []}]}'},
             "names 1 images and the shard holds 0",
@@ -393,8 +398,22 @@ def test_the_index_says_where_each_sample_lies(tmp_path: Path) -> None:
     assert rows["offset"].tolist() == [starts[0], starts[2]]
     assert rows["nbytes"].tolist() == [starts[2] - starts[0], starts[3] + 1024 - starts[2]]
     assert rows["images"].tolist() == [1, 1]
+    assert rows["json"].tolist() == [0, 0]  # a text member: its headers are read
     assert np.array_equal(rows, again)
     assert isinstance(again, np.memmap)
+
+
+def test_the_index_says_where_json_and_image_of_an_own_sample_lie(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path, 6)
+    tar = shards.tars[0]
+    rows, _ = index.load_index(tar, cache=tmp_path)
+    with tarfile.open(tar) as whole:
+        places = {member.name: (member.offset_data, member.size) for member in whole}
+    for number, row in enumerate(rows):
+        start, key = int(row["offset"]), shards.place(number)[1]
+        assert (start + int(row["json"]), int(row["json_bytes"])) == places[f"{key}.json"]
+        image = next((place for name, place in places.items() if name.startswith(f"{key}.0.")), (start, 0))
+        assert (start + int(row["image"]), int(row["image_bytes"])) == image
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import torch
 from data_factories import picture
 from factories import tiny_bert_tokenizer
 from models_support import batch_of, gradients
+from msgspec import structs
 from torch import Tensor
 from transformers import (
     Blip2Config,
@@ -233,7 +234,7 @@ def test_a_stage_encodes_its_samples_with_their_questions(asking: LoadedModel, r
     encode = pickle.loads(pickle.dumps(make_encode(Data.model_validate({"mix": [{"shards": "s"}]}), asking)))
     conversation = talk("what colour is the square?", red_square)
     sample, alone = encode(conversation), encoded(asking, conversation)
-    assert encode.measure(replace(conversation, images=(), sizes=((28, 28),)))[0] == sample.length
+    assert encode.measure(structs.replace(conversation, images=(), sizes=((28, 28),)))[0] == sample.length
     assert sample.instructions is not None
     assert alone.instructions is not None
     assert torch.equal(sample.instructions.ids, alone.instructions.ids)

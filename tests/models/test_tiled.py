@@ -12,6 +12,7 @@ import pytest
 import torch
 from model_factories import HIDDEN, tiny_model_section
 from models_support import batch_of, gradients
+from msgspec import structs
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -136,7 +137,7 @@ def test_a_plan_of_another_model_is_refused(make: Build) -> None:
 
 def test_a_picture_of_another_size_than_its_record_states_is_refused(make: Build) -> None:
     loaded = make()
-    lying = replace(talk(png(60, 30)), sizes=((30, 60),))
+    lying = structs.replace(talk(png(60, 30)), sizes=((30, 60),))
     with pytest.raises(
         DataError, match=r"record 't', image 0: its size is 60 x 30, not the one that the record states"
     ):
@@ -206,7 +207,7 @@ def test_chat_takes_several_pictures_and_its_prompt_is_a_prefix_of_training(make
     loaded = make()
     pictures = (png(60, 30), png(30, 90, "blue"))
     trained = encoded(loaded, *pictures)
-    asked = replace(talk(*pictures), messages=talk(*pictures).messages[:1])
+    asked = structs.replace(talk(*pictures), messages=talk(*pictures).messages[:1])
     prompt = read_prompt(loaded, asked)
     assert trained.input_ids.tolist()[: prompt.length] == prompt.input_ids.tolist()
     assert prompt.plans == trained.plans

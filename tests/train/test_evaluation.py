@@ -1,7 +1,6 @@
 """Held-out samples in a stage: their loss, what pictures are worth in it, and that none of them is trained on."""
 
 import io
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -9,6 +8,7 @@ from typing import cast
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 from PIL import Image
 from runs import make_run
 
@@ -44,7 +44,7 @@ def grey(conversation: Conversation) -> Conversation:
         file = io.BytesIO()
         Image.new("RGB", size, (128, 128, 128)).save(file, "PNG")
         made.append(file.getvalue())
-    return replace(conversation, images=tuple(made))
+    return structs.replace(conversation, images=tuple(made))
 
 
 def test_the_loss_and_the_gain_are_those_of_the_samples_one_by_one(run_file: Path) -> None:

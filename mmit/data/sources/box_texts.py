@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Literal
+
+from msgspec import structs
 
 from mmit.conversation import ImageRef, Message
 from mmit.data.construct.boxes import read_box, write_box
@@ -64,6 +65,6 @@ def settle(
         return write_box(read_box(numbers, given, size), target, size)
 
     return tuple(
-        replace(m, content=tuple(pattern.sub(written, p) if isinstance(p, str) else p for p in m.content))
+        structs.replace(m, content=tuple(pattern.sub(written, p) if isinstance(p, str) else p for p in m.content))
         for m in messages
     ), target
