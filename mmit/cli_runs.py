@@ -36,7 +36,7 @@ def diff(
     second: Annotated[Path, typer.Argument(metavar="RUN_B", help="Another one.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Tell what differed between two runs: settings, data, versions, git, ranks, results and timings."""
+    """Tell what differed between two runs: settings, data, versions, git, ranks, results, answers and timings."""
     import json
     from dataclasses import asdict
 

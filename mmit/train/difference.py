@@ -12,6 +12,7 @@ from rich.text import Text
 
 from mmit.errors import ConfigError
 from mmit.train.report import results, timings
+from mmit.train.report_insight import last_answers
 from mmit.train.run_files import StageFiles, read_run_or_model
 
 MISSING = "not there"
@@ -22,7 +23,7 @@ NAMES = ("name", "output", "stages")
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """One thing that is not the same. kind: settings, data, versions, made with, results or timings."""
+    """One thing that is not the same. kind: settings, data, versions, made with, results, answers or timings."""
 
     stage: str
     kind: str
@@ -85,6 +86,7 @@ def _facts(stage: StageFiles) -> dict[str, dict[str, Any]]:
         "versions": dict(_paths(stage.facts.get("versions"), "")),
         "made with": made_with,
         "results": results(stage),
+        "answers": last_answers(stage),
         "timings": timings(stage),
     }
 

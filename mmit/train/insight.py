@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from mmit.config import RunConfig
 from mmit.distributed import rank
+from mmit.train.device_facts import write_device
 from mmit.train.metrics import Recorder
 from mmit.train.sinks import open_sinks
 from mmit.train.spikes import Spikes
@@ -37,10 +38,13 @@ def make_insight(config: RunConfig, name: str, engine: Engine, state: RunState, 
     )
 
 
-def open_recorder(config: RunConfig, name: str, *, steps: int, resume_step: int) -> Recorder | None:
+def open_recorder(
+    config: RunConfig, name: str, engine: Engine, work: Work | None, *, steps: int, resume_step: int
+) -> Recorder | None:
     """The record of a stage of so many steps, which goes on after ``resume_step``; None on other ranks than 0."""
     if rank():
         return None
+    write_device(config.stage_folder(name), engine, work)
     log, folder = config.stages[name].log, config.stage_folder(name)
     content = config.model_dump(mode="json")
     shown = {**{key: value for key, value in content.items() if key != "stages"}, "stage": content["stages"][name]}

@@ -14,6 +14,7 @@ import yaml
 from mmit.data import open_source
 from mmit.data.page import card, page, table
 from mmit.errors import ConfigError, DataError
+from mmit.train import report_insight
 from mmit.train.curves import Points, line_chart, thinned
 from mmit.train.run_files import StageFiles, read_run
 
@@ -49,6 +50,10 @@ def results(stage: StageFiles) -> dict[str, float]:
             found["final loss"] = statistics.mean(losses)
         found["trained tokens"] = sum(int(value) for value in _values(stage.steps, "trained_tokens"))
         found["skipped samples"] = sum(int(value) for value in _values(stage.steps, "skipped"))
+        found["spikes of the loss"] = sum(bool(line.get("spike")) for line in stage.steps)
+        measured = [ratios for line in stage.steps if (ratios := _under(line, "update_ratio"))]
+        last_ratios = measured[-1] if measured else {}
+        found |= {f"last update over weights: {part}": ratio for part, ratio in last_ratios.items()}
     if stage.held_out:
         last = stage.held_out[-1]
         found["held-out loss"] = last["loss"]
@@ -58,7 +63,7 @@ def results(stage: StageFiles) -> dict[str, float]:
 
 
 def timings(stage: StageFiles) -> dict[str, float]:
-    """Seconds of a step, tokens per second, the share of waiting for data, and memory; of rank 0."""
+    """Seconds of a step, tokens per second, the share of waiting for data, MFU and memory; of rank 0."""
     seconds = _values(stage.steps, "seconds")
     if not seconds or not sum(seconds):
         return {}
@@ -70,6 +75,9 @@ def timings(stage: StageFiles) -> dict[str, float]:
         "tokens per second": sum(_values(stage.steps, "tokens")) / sum(seconds),
         "share of waiting for data": sum(_values(stage.steps, "wait_seconds")) / sum(seconds),
     }
+    found |= report_insight.mean_mfu(stage)
+    if isinstance(peak := stage.device.get("peak_flops"), float):
+        found["TFLOP per second in a matrix product, all devices"] = peak / 1e12
     if memory := _values(stage.steps, "memory_bytes"):
         found["most memory of rank 0, GiB"] = max(memory) / 2**30
     return found
@@ -84,8 +92,11 @@ def _stage(stage: StageFiles) -> Iterator[str]:
     for title, facts in (("Results", results(stage)), ("Timings", timings(stage))):
         if facts:
             yield f"<h3>{title}</h3>" + table(("", ""), [(name, f"{value:,.5g}") for name, value in facts.items()])
+    yield from report_insight.memory_table(stage)
+    yield from report_insight.spikes(stage)
     yield from _curves(stage)
     yield from _held_out(stage)
+    yield from report_insight.answers(stage)
     yield from _data(stage)
     if stage.checkpoints:
         rows = [(name, f"{size / 1e6:,.1f}") for name, size in stage.checkpoints.items()]
@@ -109,7 +120,9 @@ def _curves(stage: StageFiles) -> Iterator[str]:
         "visual gain": _by_name(stage.held_out, "visual_gain"),
         "learning rate": _by_name(steps, "lr"),
         "norm of the gradient": {"": _points(steps, "grad_norm")},
+        "update over weights": _by_name(steps, "update_ratio"),
         "tokens per second": {"": speed},
+        "MFU, share of the devices' matrix products": {"": _points(steps, "mfu")},
         "seconds per step": {"": _points(steps, "seconds")},
         "seconds waiting for data": {"": _points(steps, "wait_seconds")},
     }

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 FACTS = "stage.json"
 """What a stage is made from, and what its plan amounts to."""
+DEVICE = "device.json"
+"""What a rank holds in memory by part of the model, and what its devices can do."""
+ON_HOST = ", in the memory of the host"
+"""In it, behind the name of what was moved there."""
 MODEL_FACTS = ("mmit.json", "base/mmit.json")
 """Where a model directory tells what it was made from; the second is that of an adapter."""
 
@@ -29,8 +33,8 @@ class StageFiles:
     """What is known of a stage from its folder, or from the directory of a model that it made.
 
     config: the whole run file with every default. facts: versions, git, ranks, plan and data. steps, held_out: the
-    lines of ``metrics.jsonl`` and ``evaluation.jsonl``. skipped: the lines of ``skipped-rank*.jsonl``.
-    checkpoints: name -> bytes.
+    lines of ``metrics.jsonl`` and ``evaluation.jsonl``. answers: those of ``answers.jsonl``. skipped: those of
+    ``skipped-rank*.jsonl``. device: memory by part. checkpoints: name -> bytes.
     """
 
     folder: Path
@@ -39,7 +43,9 @@ class StageFiles:
     facts: Mapping[str, Any]
     steps: list[dict[str, Any]] = field(default_factory=list)
     held_out: list[dict[str, Any]] = field(default_factory=list)
+    answers: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[dict[str, Any]] = field(default_factory=list)
+    device: Mapping[str, Any] = field(default_factory=dict)
     checkpoints: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -103,6 +109,8 @@ def _read_stage(folder: Path) -> StageFiles:
         facts=facts,
         steps=read_lines(folder / "metrics.jsonl"),
         held_out=read_lines(folder / "evaluation.jsonl"),
+        answers=read_lines(folder / "answers.jsonl"),
+        device=_json(folder / DEVICE),
         skipped=[line for path in sorted(folder.glob("skipped-rank*.jsonl")) for line in read_lines(path)],
         checkpoints={
             path.name: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in checkpoints

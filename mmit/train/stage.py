@@ -242,7 +242,7 @@ def _run(ready: _Ready, *, stop: StopRequest) -> Path:
             save()
 
     loader = ready.feed.loader(start_step=state.step)
-    recorder = open_recorder(ready.config, ready.name, steps=steps, resume_step=state.step)
+    recorder = open_recorder(ready.config, ready.name, ready.engine, ready.work, steps=steps, resume_step=state.step)
     watchdog = Watchdog(stall_seconds=ready.config.launch.stall_seconds, reading=loader.reading)
     try:
         finished = train_steps(

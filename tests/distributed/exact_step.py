@@ -199,11 +199,14 @@ def main(run_file: str) -> None:
     result["born"] = born_partitioned(config, Path(run_file).parent)
     import adapter_step
     import encoder_step
+    import insight_step
 
     encoders = encoder_step.cases(config, Path(run_file).parent / "encoders")
+    insight = insight_step.cases(config)
     adapters = adapter_step.cases(config, Path(run_file).parent / "adapters")
     if rank() == 0:
         result["adapters"] = adapters
+        result["insight"] = insight
         result["encoders"] = encoders
         start = build_model(config.model, dtype=torch.float32, seed=0).model.state_dict()
         result["moved"] = max(float((start[k] - expected[k]).abs().max()) for k in expected)

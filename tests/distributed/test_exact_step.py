@@ -77,3 +77,39 @@ def test_a_step_that_trains_layers_of_three_encoders_side_by_side_is_exact(resul
     wanted = {f"vision_tower.towers.{where}.{number}." for where in layers for number in (1, 2)}
     assert {start for start in wanted for name in moved if name.startswith(start)} == wanted
     assert all(name.startswith(tuple(wanted)) for name in moved)
+
+
+INSIGHT = ["zero-0", "zero-2 offload", "zero-2 bf16", "zero-3"]
+
+
+@pytest.mark.parametrize("setting", INSIGHT)
+def test_an_update_that_is_left_out_leaves_every_bit_and_the_next_one_is_as_if_it_had_not_been(
+    result: Any, setting: str
+) -> None:
+    found = result["insight"][setting]
+    assert found["left out"]  # master weights, moments and their count, and the weights that the model computes with
+    assert found["norm"] > 0.1  # the gradient was there
+    assert found["goes on"]  # and nothing of it is left
+
+
+@pytest.mark.parametrize("setting", INSIGHT)
+def test_update_ratios_are_those_of_the_whole_weights(result: Any, setting: str) -> None:
+    found = result["insight"][setting]
+    assert found["told"].keys() == found["by hand"].keys() == {"connector", "language_model"}
+    # fp32 sums; in bf16 the weights that one can see are rounded, and a change with them
+    tolerance = 0.05 if "bf16" in setting else 1e-5
+    assert found["told"] == pytest.approx(found["by hand"], rel=tolerance)
+
+
+@pytest.mark.parametrize("setting", INSIGHT)
+def test_memory_by_part_counts_what_a_rank_holds(result: Any, setting: str) -> None:
+    """Two ranks; four bytes a number, two in bf16; ZeRO-2 and 3 halve gradients, moments and master weights."""
+    found = result["insight"][setting]
+    size, share = (2 if "bf16" in setting else 4), (1 if setting == "zero-0" else 0.5)
+    held, trained = found["held"], found["trained"]
+    numbers = 2 if setting == "zero-0" else 3  # two moments, and master weights where they are apart
+    # halves of what is flattened in one go, which need not end with a part of the model
+    assert held["optimizer"] == pytest.approx(trained * 4 * numbers * share, rel=0.02)
+    assert held["gradients"] == pytest.approx(trained * size * share, rel=0.02)
+    whole = found["all"] * size
+    assert held["parameters"] >= whole * (0.5 if setting == "zero-3" else 1)
