@@ -17,7 +17,7 @@ from torch import Tensor
 from mmit.models.rules import PARTS
 from mmit.train.engine import device
 from mmit.train.pieces import WEIGHT, is_partitioned, pieces, trained
-from mmit.train.run_files import DEVICE, ON_HOST
+from mmit.train.run_files import DEVICE, ON_DISK, ON_HOST
 from mmit.train.update_ratio import part_number
 
 if TYPE_CHECKING:
@@ -40,27 +40,44 @@ def held(engine: Engine) -> dict[str, dict[str, int]]:
     """
     found: dict[str, dict[str, int]] = {}
     names = list(PARTS)
-    for what, name, count, where in _all(engine):
-        kind = what + (ON_HOST if where.type != device().type else "")
-        part = names[part_number(name)]
+    for what, name, count, place in _all(engine):
+        kind, part = what + place, names[part_number(name)]
         found.setdefault(kind, {})[part] = found.get(kind, {}).get(part, 0) + count
     return found
 
 
-def _all(engine: Engine) -> Iterator[tuple[str, str, int, torch.device]]:
+def _all(engine: Engine) -> Iterator[tuple[str, str, int, str]]:
+    """What, name of the parameter, bytes, and behind the kind where they lie, if not on the device."""
+    size = 0
     for name, parameter in engine.module.named_parameters():
         for tensor in _tensors(parameter):
-            yield "parameters", name, tensor.nbytes, tensor.device
+            yield "parameters", name, tensor.nbytes, _place(tensor)
+        size = parameter.element_size() if parameter.requires_grad else size
     if engine.zero_stage < 2:
         for name, parameter in trained(engine.module):
-            yield "gradients", name, parameter.nbytes, parameter.device
-    size = next(_tensors(parameter)[0].element_size() for _, parameter in trained(engine.module))
-    own_weights = is_partitioned(engine)
-    for piece in pieces(engine):
-        where = piece.read(WEIGHT).device
+            yield "gradients", name, parameter.nbytes, _place(parameter)
+    fp32 = 4 * (2 + is_partitioned(engine))
+    for name, length, place in _pieces(engine):
         if engine.zero_stage >= 2:
-            yield "gradients", piece.name, piece.length * size, where
-        yield "optimizer", piece.name, piece.length * 4 * (2 + own_weights), where  # fp32
+            yield "gradients", name, length * size, "" if place == ON_DISK else place
+        yield "optimizer", name, length * fp32, place
+
+
+def _pieces(engine: Engine) -> Iterator[tuple[str, int, str]]:
+    """Name, numbers and place of what this rank updates."""
+    if engine.zero_stage < 3:
+        for piece in pieces(engine):
+            yield piece.name, piece.length, _place(piece.read(WEIGHT))
+        return
+    outer: Any = engine.optimizer
+    place = ON_DISK if outer.swap_optimizer else _place(outer.fp32_partitioned_groups_flat[0])
+    for name, parameter in trained(engine.module):
+        held: Any = parameter
+        yield name, held.ds_tensor.numel(), place
+
+
+def _place(tensor: Tensor) -> str:
+    return "" if tensor.device.type == device().type else ON_HOST
 
 
 def _tensors(parameter: Any) -> list[Tensor]:  # noqa: ANN401  (DeepSpeed adds attributes)

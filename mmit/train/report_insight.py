@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmit.data.page import picture, table
-from mmit.train.run_files import ON_HOST, StageFiles
+from mmit.train.run_files import ON_DISK, ON_HOST, StageFiles
 
 SHOWN_TIMES = 4
 """Answers to each question on the page: the first, the last, and some between."""
@@ -48,7 +48,7 @@ def memory(stage: StageFiles) -> dict[str, dict[str, float]]:
         for what, parts in held.items()
         if isinstance(parts, dict)
     }
-    on_device = sum(sum(parts.values()) for what, parts in found.items() if not what.endswith(ON_HOST))
+    on_device = sum(sum(parts.values()) for what, parts in found.items() if not what.endswith((ON_HOST, ON_DISK)))
     return found | {"rest: activations, batches, buckets, libraries": {"": peak / 2**30 - on_device}}
 
 

@@ -22,7 +22,7 @@ FACTS = "stage.json"
 """What a stage is made from, and what its plan amounts to."""
 DEVICE = "device.json"
 """What a rank holds in memory by part of the model, and what its devices can do."""
-ON_HOST = ", in the memory of the host"
+ON_HOST, ON_DISK = ", in the memory of the host", ", on disk"
 """In it, behind the name of what was moved there."""
 MODEL_FACTS = ("mmit.json", "base/mmit.json")
 """Where a model directory tells what it was made from; the second is that of an adapter."""

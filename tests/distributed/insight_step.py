@@ -3,8 +3,7 @@
 from typing import Any
 
 import torch
-from elastic_state import make_engine
-from exact_step import micro_batches
+from deepspeed_ways import Run, Way
 
 from mmit.config import Zero
 from mmit.distributed import all_reduce_sum, rank
@@ -16,43 +15,44 @@ from mmit.train.pieces import MOMENTS, WEIGHT, optimizer_steps, pieces, trained
 from mmit.train.update_ratio import UpdateRatios
 
 SETTINGS = {
-    "zero-0": (Zero(stage=0), torch.float32),
-    "zero-2 offload": (Zero(stage=2, offload_optimizer="cpu"), torch.float32),
-    "zero-2 bf16": (Zero(stage=2), torch.bfloat16),
-    "zero-3": (Zero(stage=3), torch.float32),
+    "zero-0": Way(Zero(stage=0)),
+    "zero-2 offload": Way(Zero(stage=2, offload_optimizer="cpu")),
+    "zero-2 bf16": Way(Zero(stage=2), "bf16"),
+    "zero-3": Way(Zero(stage=3)),
 }
 
 
+def step(run: Run, *, update: bool = True) -> float:
+    """The norm of the gradient."""
+    tokens = int(all_reduce_sum(torch.tensor([sum(batch.trained_tokens for batch in run.batches)])))
+    norm = None
+    for batch in run.batches:
+        run.engine.micro_step(batch, trained_tokens=tokens)
+        norm = run.engine.close_micro_step(factor=1.0, update=update)
+    assert norm is not None
+    return norm
+
+
 def cases(config: Any) -> dict[str, Any]:
-    batches = micro_batches(build_model(config.model, dtype=torch.float32, seed=0))[rank()]
-    tokens = int(all_reduce_sum(torch.tensor([sum(batch.trained_tokens for batch in batches)])))
-
-    def step(engine: Engine, *, update: bool = True) -> float:
-        norm = None
-        for batch in batches:
-            engine.micro_step(batch, trained_tokens=tokens)
-            norm = engine.close_micro_step(factor=1.0, update=update)
-        assert norm is not None
-        return norm
-
     result = {}
-    for name, (zero, dtype) in SETTINGS.items():
-        engine, straight = make_engine(config, zero, dtype), make_engine(config, zero, dtype)
+    for name, way in SETTINGS.items():
+        run, straight = Run(config, way), Run(config, way)
+        engine = run.engine
         before = copy_of(engine)
         ratios = UpdateRatios(engine, every=1)
         ratios.before(1)
-        step(engine)
+        step(run)
         told = ratios.after()
         after = copy_of(engine)
         kept, steps = state(engine), optimizer_steps(engine)
-        norm = step(engine, update=False)
+        norm = step(run, update=False)
         same = [torch.equal(one, other) for one, other in zip(kept, state(engine), strict=True)]
         unmoved = all(torch.equal(after[key], value) for key, value in copy_of(engine).items())
         counted = optimizer_steps(engine) == steps
-        step(engine)
+        step(run)
         step(straight)
         step(straight)
-        wanted, gone_on = copy_of(straight), copy_of(engine)
+        wanted, gone_on = copy_of(straight.engine), copy_of(engine)
         sizes = held(engine)
         if rank() == 0:
             names = [key for key, _ in trained(engine.module)]
