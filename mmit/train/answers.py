@@ -52,8 +52,7 @@ class Question:
 class Answers:
     """The questions of a stage.
 
-    template: of the stage, which says where an answer ends. folder: of the stage. synced: ranks hand each other
-    weights in each forward pass.
+    template: of the stage, which says where an answer ends. folder: of the stage.
     """
 
     def __init__(
@@ -64,14 +63,12 @@ class Answers:
         *,
         new_tokens: int,
         folder: Path,
-        synced: bool,
     ) -> None:
         self._loaded = loaded
         self._template = template
         self._questions = questions
         self._new_tokens = new_tokens
         self._folder = folder
-        self._synced = synced
 
     @property
     def fingerprint(self) -> str:
@@ -81,16 +78,17 @@ class Answers:
     def give(self, engine: Engine, step: int, mark: Callable[[Sequence[str]], None]) -> list[AnswerRecord]:
         """The answers after ``step``, on every rank; collective. mark: told the samples that are being answered."""
         questions, ranks = self._questions, world_size()
+        synced = engine.zero_stage == 3 and ranks > 1
         own: dict[int, str] = {}
         with measuring(engine.module):
             for first in range(0, len(questions), ranks):
                 number = min(first + rank(), len(questions) - 1)  # a rank beyond the last one answers that too
                 mark((questions[number].id,))
-                own[number] = self._answer(questions[number].prompt)
+                own[number] = self._answer(questions[number].prompt, synced=synced)
         answers = {number: text for part in gathered(own) for number, text in part.items()}
         return [self._record(question, answers[number], step) for number, question in enumerate(questions)]
 
-    def _answer(self, prompt: Encoded) -> str:
+    def _answer(self, prompt: Encoded, *, synced: bool) -> str:
         model, tokenizer = self._loaded.model, self._loaded.tokenizer
         alone = [] if model.image_newline is None else [model.image_newline]  # belongs to no module that is called
         with model.placement.whole(alone):
@@ -98,7 +96,7 @@ class Answers:
                 prompt,
                 max_new_tokens=self._new_tokens,
                 stop_ids=self._template.stop_ids,
-                synced=self._synced,
+                synced=synced,
             )
         text = tokenizer.decode(ids, skip_special_tokens=True)
         assert isinstance(text, str), "one answer, one text"
@@ -161,7 +159,6 @@ def plan_answers(
         questions,
         new_tokens=asked.answer_tokens,
         folder=config.stage_folder(name),
-        synced=config.stages[name].zero.stage == 3 and world_size() > 1,
     )
 
 

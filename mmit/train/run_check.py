@@ -20,6 +20,7 @@ from mmit.models.placement import SHAPES, placed
 from mmit.models.rules import check_frozen
 from mmit.train.feed import make_encode
 from mmit.train.origin import start_directory
+from mmit.train.sinks import check_sinks
 from mmit.train.trained import table
 
 DTYPE = torch.float32
@@ -56,6 +57,7 @@ def check_run(config: RunConfig) -> RunReport:
         loaded = _model(config, report)
         for name, stage in config.stages.items():
             _check_engine(stage, name, report)
+            report.attempt(lambda log=stage.log: check_sinks(log))
             if loaded is not None and stage.lora is not None:  # which changes the model
                 other = build_model(config.model, dtype=DTYPE, seed=0, adapter="drop")
                 _check_stage(config, name, other, report)
