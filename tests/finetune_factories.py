@@ -15,12 +15,12 @@ from mmit.models.save import save_model
 
 MODEL = "llava-hf/llava-1.5-7b-hf"
 COLOURS = ("red", "green", "blue", "yellow")
-QUESTION = "What colour is it?"
-WIDTH = 32.0
+ASKED = {"What shape is it?": "A square.", "How many are there?": "One."}
+WIDTH = 64.0
 
 
 def make_photos(folder: Path, *, count: int) -> Path:
-    """``photos/001.jpg`` and so on, each of one of four colours, and ``photos.csv`` that asks for it."""
+    """``photos/001.jpg`` and so on, each of one of four colours, and ``photos.csv`` with two questions about each."""
     (folder / "photos").mkdir(parents=True)
     with (folder / "photos.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
@@ -28,14 +28,14 @@ def make_photos(folder: Path, *, count: int) -> Path:
         for number in range(1, count + 1):
             colour = COLOURS[number % len(COLOURS)]
             Image.new("RGB", (40, 30 + number), colour).save(folder / "photos" / f"{number:03d}.jpg")
-            table.writerow((f"{number:03d}.jpg", QUESTION, colour))
+            table.writerows((f"{number:03d}.jpg", question, answer) for question, answer in ASKED.items())
     return folder / "photos.csv"
 
 
 def make_model(folder: Path) -> Path:
     """A LLaVA directory under the name that the real one has on the hub.
 
-    Adam moves every weight alike, so what a step changes grows with the width of a model; norms that are 32 times as
+    Adam moves every weight alike, so what a step changes grows with the width of a model; norms that are 64 times as
     large, with weights as much smaller, learn from the learning rates of a 7 B model as it does.
     """
     section = tiny_model_section(folder / "parts")

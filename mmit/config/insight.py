@@ -61,6 +61,9 @@ class Evaluate(Section):
     visual_gain: bool = False
     """Also measure with a blank picture and with another sample's: how much higher the loss is then is what the
     pictures are worth."""
+    text: str = "none"
+    """Text without pictures whose loss is measured too, also before step 1, to see whether the language model keeps
+    what it knew: ``probe`` (24 short questions that come with mmit), or a directory of shards; ``none``: no text."""
     answers: NonNegativeInt = 0
     """Of so many of the samples, also write the greedy answer to their first question, in ``answers.jsonl``."""
     answer_tokens: PositiveInt = 64

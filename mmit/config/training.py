@@ -90,6 +90,8 @@ class Save(Section):
     """Steps between checkpoints."""
     keep_last: PositiveInt = 2
     """Complete checkpoints that are kept; older ones are removed."""
+    keep_best: bool = False
+    """Also save where the held-out loss (``evaluate``) is lower than ever before, and keep that checkpoint."""
 
 
 class Lora(Section):
@@ -161,6 +163,12 @@ class Stage(Section):
     def _pictures_can_be_measured(self) -> Stage:
         if self.evaluate is not None and self.data.features != "none":
             raise ValueError("evaluate: held-out pictures need the encoder, which data.features leaves out; drop one")
+        return self
+
+    @model_validator(mode="after")
+    def _the_best_is_known(self) -> Stage:
+        if self.save.keep_best and self.evaluate is None:
+            raise ValueError("save.keep_best: the best is told by held-out samples; add 'evaluate', or take it out")
         return self
 
     @model_validator(mode="after")

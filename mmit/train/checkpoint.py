@@ -129,9 +129,17 @@ def check_continues(found: RunState, wanted: RunState, checkpoint: Path, config:
 
 
 def save(
-    folder: Path, engine: Engine, state: RunState, *, write_model: Callable[[Path, Path], None], keep_last: int
+    folder: Path,
+    engine: Engine,
+    state: RunState,
+    *,
+    write_model: Callable[[Path, Path], None],
+    keep_last: int,
+    best: int | None = None,
 ) -> Path:
-    """Write a checkpoint of all ranks and remove the oldest ones beyond ``keep_last``; collective.
+    """Write a checkpoint of all ranks and remove the oldest ones beyond ``keep_last``, not that of step ``best``.
+
+    Collective.
 
     write_model: called on every rank with the directory to write and the one it will be; writes on rank 0.
     Raises CheckpointError where a rank could not write; what was complete before stays.
@@ -158,7 +166,7 @@ def save(
             f"the checkpoint was not written: {error}; {kept}; mend this and run the same command"
         ) from None
     if rank() == 0:
-        _remove_old(folder, keep_last)
+        _remove_old(folder, keep_last, best)
     return final
 
 
@@ -209,8 +217,8 @@ def _publish(partial: Path, final: Path) -> None:
     os.replace(partial, final)
 
 
-def _remove_old(folder: Path, keep_last: int) -> None:
-    for path in complete(folder)[:-keep_last]:
+def _remove_old(folder: Path, keep_last: int, best: int | None) -> None:
+    for path in (old for old in complete(folder)[:-keep_last] if _step_of(old) != best):
         (path / MARKER).unlink()  # first, so that a half-removed folder is not taken for a checkpoint
         shutil.rmtree(path)
     for path in folder.glob(".step-*.partial"):

@@ -26,6 +26,7 @@ from mmit.errors import ConfigError, DataError
 from mmit.train.engine import device
 from mmit.train.feed import Feed, chosen_samples, lengths_of, open_shards
 from mmit.train.records import EvaluationRecord
+from mmit.train.text_watch import text_feed
 
 if TYPE_CHECKING:
     from mmit.data import LengthTable, Plan
@@ -41,6 +42,7 @@ class Evaluation:
 
     names: of the sources. feeds: a plan for each kind of picture, of one or two sets for each source; owners: the
     source of each set. with_pictures: the sets of the plan with true pictures that the other plans hold again.
+    text: what ``evaluate.text`` names; measured before step 1 too.
     """
 
     every_steps: int
@@ -48,17 +50,20 @@ class Evaluation:
     feeds: Mapping[Pictures, Feed]
     owners: Mapping[Pictures, tuple[int, ...]]
     with_pictures: tuple[bool, ...]
+    text: Feed | None = None
 
     @property
     def fingerprint(self) -> str:
         """Changes with anything that changes what is measured."""
-        return " ".join(feed.plan.fingerprint for feed in self.feeds.values())
+        feeds = [*self.feeds.values(), *([] if self.text is None else [self.text])]
+        return " ".join(feed.plan.fingerprint for feed in feeds)
 
     def measure(self, engine: Engine, step: int, mark: Callable[[Sequence[str]], None]) -> EvaluationRecord:
         """The losses after ``step``, the same on every rank; collective. mark: told the samples that pass the model."""
         started = time.perf_counter()
         with measuring(engine.module):
             sums = {pictures: _sums(feed, engine, mark) for pictures, feed in self.feeds.items()}
+            text = None if self.text is None else _sums(self.text, engine, mark)
         true = sums["true"]
         compared = true * np.array(self.with_pictures)
         gains = {
@@ -81,6 +86,7 @@ class Evaluation:
             trained_tokens=int(true[1].sum()),
             samples=self.feeds["true"].plan.samples,
             seconds=time.perf_counter() - started,
+            text_loss=None if text is None else float(_mean(text.sum(axis=1))),
         )
 
     def _by_source(self, sums: Sums, pictures: Pictures) -> np.ndarray:
@@ -125,6 +131,7 @@ def plan_evaluation(config: RunConfig, name: str, feed: Feed) -> Evaluation | No
         feeds={kind: replace(feed, plan=_plan(some, held, config.seed), stage=held) for kind, some in parts.items()},
         owners={kind: tuple(number for number, _ in some) for kind, some in parts.items()},
         with_pictures=tuple(with_pictures),
+        text=text_feed(asked.text, asked.samples, held, feed, seed=config.seed),
     )
     plan = evaluation.feeds["true"].plan
     logger.info("held out: %d samples, measured every %d steps and at the end", plan.samples, asked.every_steps)

@@ -13,6 +13,7 @@ from mmit.distributed import logger
 from mmit.train.curves import line_chart
 from mmit.train.records import AnswerRecord, EvaluationRecord, StepRecord
 from mmit.train.sinks import Sinks
+from mmit.train.verdicts import text_change, verdicts
 
 
 class Recorder:
@@ -30,8 +31,8 @@ class Recorder:
         self._seconds = 0.0
         self._done_here = 0
         self._losses += [(line["step"], line["loss"]) for line in _kept(self._path, resume_step)]
-        evaluated = _kept(self._evaluations, resume_step)
-        self._evaluated = evaluated[-1]["step"] if evaluated else 0
+        self._measured = _kept(self._evaluations, resume_step)
+        self._said: set[str] = set()
         _kept(self._answers, resume_step)
         self._file = self._path.open("a", encoding="utf-8")
         self._sinks = sinks
@@ -49,14 +50,21 @@ class Recorder:
 
     def add_evaluation(self, record: EvaluationRecord) -> None:
         """Note a measurement on held-out samples, beside the training loss of the steps since the one before."""
-        recent = [loss for step, loss in self._losses if step > self._evaluated]
-        training = sum(recent) / max(1, len(recent))
-        self._evaluated = record.step
+        last = self._measured[-1]["step"] if self._measured else 0
+        recent = [loss for step, loss in self._losses if step > last]
+        training = sum(recent) / len(recent) if recent else None
+        self._measured.append({**asdict(record), "training_loss": training})
         with self._evaluations.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**asdict(record), "training_loss": training}) + "\n")
+            file.write(json.dumps(self._measured[-1]) + "\n")
         gains = "".join(f"  gain over {name} pictures {gain:+.4f}" for name, gain in record.visual_gain.items())
         told = f"step {record.step}/{self._steps}  held-out loss {record.loss:.4f}"
-        logger.info("%s  (training %.4f over %d steps)%s", told, training, len(recent), gains)
+        trained = f"  (training {training:.4f} over {len(recent)} steps)" if training is not None else ""
+        change = text_change(self._measured)
+        logger.info("%s%s%s%s", told, trained, gains, f"  text-only loss {change}" if change else "")
+        for kind, sentence in verdicts(self._measured, self._folder).items():
+            if kind not in self._said or record.step == self._steps:
+                logger.warning("%s", sentence)
+            self._said.add(kind)
         self._sinks.write(record.values(), record.step)
 
     def add_answers(self, records: Sequence[AnswerRecord]) -> None:

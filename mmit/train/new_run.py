@@ -86,16 +86,16 @@ def _stage(sets: Sets, samples: int, apart: int, chosen: Defaults) -> dict[str, 
         "lora": {"rank": chosen.rank, "alpha": 2 * chosen.rank, "dropout": DROPOUT},
         "train": {"lora": LORA_RATE, "connector": CONNECTOR_RATE},
         "data": {"mix": [train], "too_long": "drop_turns", "max_skipped": _MAX_SKIPPED},
-        "evaluate": {"mix": [measured], "every_steps": every, "samples": 1000},
+        "evaluate": {"mix": [measured], "every_steps": every, "samples": 1000, "text": "probe"},
         "batch": {"length": chosen.length, "tokens_per_step": chosen.length * chosen.rows_per_step},
         "epochs": chosen.epochs,
         "optim": {"schedule": "cosine", "warmup_fraction": chosen.warmup_fraction},
-        "save": {"every_steps": every},
+        "save": {"every_steps": every, "keep_best": True},
         "activation_checkpointing": True,
         "zero": {"stage": 2},
     }
     if not apart and not sets.held_out:
-        del stage["evaluate"]
+        del stage["evaluate"], stage["save"]["keep_best"]
     return stage
 
 

@@ -66,6 +66,7 @@ class EvaluationRecord:
 
     visual_gain: by how much the loss is higher with other pictures, over the samples that can be given others:
     ``blank`` ones, or an ``other`` sample's. trained_tokens, samples: of the measurement with the true pictures.
+    text_loss: of text without pictures, where ``evaluate.text`` names some.
     """
 
     step: int
@@ -76,12 +77,14 @@ class EvaluationRecord:
     trained_tokens: int
     samples: int
     seconds: float
+    text_loss: float | None = None
 
     def values(self) -> dict[str, float]:
         """The numbers by name, as curves are called."""
+        text = {} if self.text_loss is None else {"held_out/text_loss": self.text_loss}
         by_source = {f"held_out/loss/{name}": loss for name, loss in self.loss_by_source.items()}
         gained = {f"held_out/visual_gain/{name}": gain for name, gain in self.visual_gain.items()}
-        return {"held_out/loss": self.loss, **by_source, **gained}
+        return {"held_out/loss": self.loss, **by_source, **gained, **text}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from mmit.errors import ConfigError, DataError
 from mmit.train import report_insight
 from mmit.train.curves import Points, line_chart, thinned
 from mmit.train.run_files import StageFiles, read_run
+from mmit.train.verdicts import best_of, verdicts
 
 SHOWN_SAMPLES = 2
 """Samples of each source on the page."""
@@ -59,6 +60,10 @@ def results(stage: StageFiles) -> dict[str, float]:
         found["held-out loss"] = last["loss"]
         found |= {f"held-out loss: {name}": loss for name, loss in _under(last, "loss_by_source").items()}
         found |= {f"visual gain: {name} picture": gain for name, gain in _under(last, "visual_gain").items()}
+        if (best := best_of(stage.held_out)) is not None:
+            found |= {"best held-out loss": best[1], "at step": best[0]}
+        if text := _values(stage.held_out, "text_loss"):
+            found |= {"loss on plain text, before": text[0], "loss on plain text": text[-1]}
     return found
 
 
@@ -117,6 +122,7 @@ def _curves(stage: StageFiles) -> Iterator[str]:
         "loss": losses,
         "loss by source": _by_name(steps, "loss_by_source"),
         "held-out loss by source": _by_name(stage.held_out, "loss_by_source"),
+        "loss on plain text": {"": _points(stage.held_out, "text_loss")},
         "visual gain": _by_name(stage.held_out, "visual_gain"),
         "learning rate": _by_name(steps, "lr"),
         "norm of the gradient": {"": _points(steps, "grad_norm")},
@@ -135,6 +141,8 @@ def _curves(stage: StageFiles) -> Iterator[str]:
 def _held_out(stage: StageFiles) -> Iterator[str]:
     if not stage.held_out:
         return
+    for sentence in verdicts(stage.held_out, stage.folder).values():
+        yield f'<p class="error">{escape(sentence)}</p>'
     last = stage.held_out[-1]
     gains = _under(last, "visual_gain_by_source")
     kinds = sorted({kind for gain in gains.values() if isinstance(gain, dict) for kind in gain})

@@ -6,7 +6,7 @@ import errno
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from mmit.train.features import StageFeatures
     from mmit.train.feed import Feed
     from mmit.train.loop import StopRequest
-    from mmit.train.metrics import Recorder
     from mmit.train.work import Work
 
 
@@ -104,17 +103,6 @@ class _Ready:
     @property
     def folder(self) -> Path:
         return self.config.stage_folder(self.name)
-
-    def measure(self, step: int, recorder: Recorder | None, mark: Callable[[Sequence[str]], None]) -> None:
-        """Answers and losses of held-out samples after a step; collective."""
-        if self.answers is not None:
-            answers = self.answers.give(self.engine, step, mark)
-            if recorder is not None:
-                recorder.add_answers(answers)
-        if self.evaluation is not None:
-            record = self.evaluation.measure(self.engine, step, mark)
-            if recorder is not None:
-                recorder.add_evaluation(record)
 
 
 def _train(config: RunConfig, name: str, *, stop: StopRequest, fresh: bool) -> Path:
@@ -203,12 +191,13 @@ def _run(ready: _Ready, *, stop: StopRequest) -> Path:
     from mmit.train import checkpoint
     from mmit.train.insight import make_insight, open_recorder
     from mmit.train.loop import train_steps
+    from mmit.train.measuring import Measuring
     from mmit.train.model_writer import model_writer
     from mmit.train.optim import LearningRate
     from mmit.train.run_files import write_facts
     from mmit.train.skipped import SkippedRecord
     from mmit.train.trained import FirstStepCheck
-    from mmit.train.watchdog import EVALUATING, SAVING, Watchdog
+    from mmit.train.watchdog import SAVING, Watchdog
 
     stage, folder, state, steps = ready.stage, ready.folder, ready.state, ready.feed.plan.steps
     made_from = checkpoint.facts(ready.config, stage=ready.name, plan=ready.feed.plan.fingerprint)
@@ -229,6 +218,7 @@ def _run(ready: _Ready, *, stop: StopRequest) -> Path:
             replace(state, step=done, skipped=dict(skipped.totals), spikes=insight.spikes.state),
             write_model=write_model,
             keep_last=stage.save.keep_last,
+            best=measuring.best if stage.save.keep_best else None,
         )
 
     def after_step(step: int, counts: Counts) -> None:
@@ -236,15 +226,17 @@ def _run(ready: _Ready, *, stop: StopRequest) -> Path:
         done = step
         if not check.is_done and (counts.images > 0 or step == first):
             check.verify(had_images=counts.images > 0)
-        if ready.evaluation is not None and (step % ready.evaluation.every_steps == 0 or step == steps):
-            ready.measure(step, recorder, lambda samples: watchdog.mark(EVALUATING, step=step, samples=samples))
-        if step % stage.save.every_steps == 0 and step < steps:
+        measuring.after(step, watchdog, last=step == steps)
+        is_best = stage.save.keep_best and measuring.best == step
+        if (is_best or step % stage.save.every_steps == 0) and step < steps:
             save()
 
     loader = ready.feed.loader(start_step=state.step)
     recorder = open_recorder(ready.config, ready.name, ready.engine, ready.work, steps=steps, resume_step=state.step)
+    measuring = Measuring(ready.evaluation, ready.answers, ready.engine, recorder, folder=folder, step=state.step)
     watchdog = Watchdog(stall_seconds=ready.config.launch.stall_seconds, reading=loader.reading)
     try:
+        measuring.before(watchdog)
         finished = train_steps(
             loader,
             ready.engine,

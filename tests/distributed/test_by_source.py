@@ -36,7 +36,8 @@ def test_the_log_tells_losses_answers_and_updates_and_training_stays_the_same(tm
         words = [f"output={tmp_path}/{by_source}", f"stages.align.log.by_source={by_source}"]
         if by_source == "true":
             asked = {"mix": held_out, "every_steps": 2, "visual_gain": True, "answers": 3, "answer_tokens": 5}
-            words.append(f"stages.align.evaluate={json.dumps(asked)}")
+            words.append(f"stages.align.evaluate={json.dumps(asked | {'text': 'probe'})}")
+            words += ["stages.align.save={keep_best: true}", f"stages.align.data.cache={tmp_path}/cache"]
             words += ["stages.align.log.mfu=true", "stages.align.log.update_ratio_every=2"]
             words += ["stages.align.spike={action: warn, window: 3}", "stages.align.log.tensorboard=true"]
         else:
@@ -57,7 +58,10 @@ def test_the_log_tells_losses_answers_and_updates_and_training_stays_the_same(tm
         assert min(losses.values()) <= line["loss"] <= max(losses.values())
     folder = tmp_path / "true" / "align"
     held = [json.loads(line) for line in (folder / "evaluation.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in held] == [2, 3]  # every two steps, and at the end
+    assert [line["step"] for line in held] == [0, 2, 3]  # before, since text is watched; every two steps; at the end
+    assert len({line["text_loss"] for line in held}) == 3
+    best_so_far = held[1]["loss"] < held[0]["loss"]
+    assert (folder / "checkpoints" / "step-000002" / "COMPLETE").exists() == best_so_far
     source = open_source(shards)
     samples = [source.read(number) for number in range(24, 30)]
     # the mean over the tokens of both ranks is that of one process which reads the model; fp32, another order of sums

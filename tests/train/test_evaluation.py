@@ -1,6 +1,7 @@
 """Held-out samples in a stage: their loss, what pictures are worth in it, and that none of them is trained on."""
 
 import io
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -11,17 +12,22 @@ import torch
 from msgspec import structs
 from PIL import Image
 from runs import make_run
+from test_metrics import record as step_record
 
 from mmit.config import RunConfig, load_config
 from mmit.conversation import Conversation
 from mmit.data import open_source
 from mmit.data.held_out import HeldOutSet, lenders
+from mmit.data.shard_set import CACHE
 from mmit.errors import ConfigError
 from mmit.evaluate.losses import answer_loss
 from mmit.models import build_model
 from mmit.train.engine import Engine
 from mmit.train.evaluation import plan_evaluation
 from mmit.train.feed import make_feed
+from mmit.train.metrics import Recorder
+from mmit.train.sinks import Sinks
+from mmit.train.verdicts import best_so_far
 
 ALIGN = "stages.align"
 
@@ -31,11 +37,11 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(tmp_path_factory.mktemp("evaluation"), records=30)
 
 
-def config_of(run_file: Path, *, trained: str, held_out: str) -> RunConfig:
+def config_of(run_file: Path, *, trained: str, held_out: str, text: str = "none", cache: Path = CACHE) -> RunConfig:
     shards = run_file.parent / "shards"
-    data = f"{ALIGN}.data={{workers: 0, mix: [{{shards: {shards}, subset: {trained}}}]}}"
+    data = f"{ALIGN}.data={{workers: 0, cache: {cache}, mix: [{{shards: {shards}, subset: {trained}}}]}}"
     mix = f"[{{shards: {shards}, subset: {held_out}}}]"
-    return load_config(run_file, [data, f"{ALIGN}.evaluate={{mix: {mix}, visual_gain: true}}"])
+    return load_config(run_file, [data, f"{ALIGN}.evaluate={{mix: {mix}, visual_gain: true, text: {text}}}"])
 
 
 def grey(conversation: Conversation) -> Conversation:
@@ -69,6 +75,37 @@ def test_the_loss_and_the_gain_are_those_of_the_samples_one_by_one(run_file: Pat
     assert record.visual_gain_by_source == {"tiny": record.visual_gain}
     assert (record.step, record.samples) == (7, 12)
     assert sorted(seen) == sorted([sample.id for sample in samples] + 2 * [sample.id for sample in pictured])
+
+
+def test_a_model_that_learns_three_samples_by_heart_is_told_to_overfit_and_to_forget(
+    run_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All weights of the tiny model, trained far too long on three samples."""
+    config = config_of(run_file, trained="first 3", held_out="last 40%", text="probe", cache=tmp_path)
+    loaded = build_model(config.model, dtype=torch.float32, seed=0)
+    feed = make_feed(config, config.stages["align"], loaded)
+    evaluation = plan_evaluation(config, "align", feed)
+    assert evaluation is not None
+    engine = cast("Engine", SimpleNamespace(module=loaded.model, forward=loaded.model))
+    log = Recorder(tmp_path, steps=60, every_steps=100, resume_step=0, sinks=Sinks({}))
+    optimizer = torch.optim.Adam(loaded.model.language_model.parameters(), lr=5e-3)
+    batch = next(batch for step in feed.loader(start_step=0) for batch in step.batches)
+    caplog.set_level("INFO", logger="mmit")
+    for step in range(61):
+        if step % 10 == 0:
+            log.add_evaluation(evaluation.measure(engine, step, lambda _: None))
+        loss = loaded.model(batch) / batch.trained_tokens
+        log.add(step_record(step + 1, loss.item()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    log.close()
+    said = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert any("the model overfits: the held-out loss was best at step" in line for line in said)
+    assert any("the language model forgets: its loss on plain text went" in line for line in said)
+    measured = [json.loads(line) for line in (tmp_path / "evaluation.jsonl").read_text().splitlines()]
+    assert (measured[0]["step"], measured[0]["training_loss"]) == (0, None)
+    assert best_so_far(tmp_path, step=60) == min((line["loss"], line["step"]) for line in measured)[::-1]
 
 
 def test_measuring_leaves_every_module_in_its_mode_and_makes_no_gradient(run_file: Path) -> None:
