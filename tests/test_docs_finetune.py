@@ -21,12 +21,8 @@ from mmit.cli_data import app as data_app
 
 DOCS = Path(__file__).parent.parent / "docs" / "finetune.md"
 TEXT = DOCS.read_text(encoding="utf-8")
-COMMANDS = [
-    line
-    for block in re.findall(r"^```\n(.*?)^```$", TEXT, re.M | re.S)
-    for line in block.splitlines()
-    if "mmit" in line
-]
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.M | re.S)
+COMMANDS = [line for kind, block in BLOCKS if not kind for line in block.splitlines() if line.startswith("mmit ")]
 
 pytestmark = pytest.mark.slow
 
@@ -86,10 +82,8 @@ def test_the_run_file_fits_the_data_and_the_loss_falls(folder: Path, said: list[
 def test_the_answer_is_the_one_of_the_table(folder: Path, said: list[str]) -> None:
     question = shlex.split(COMMANDS[4])[-1]
     assert said[4].strip().splitlines()[-1] == ASKED[question]
-    before = Chat.load(folder / MODEL, device="cpu").ask(
-        question, images=[folder / "photos" / "001.jpg"], max_new_tokens=8
-    )
-    assert before != ASKED[question]
+    untouched = Chat.load(folder / MODEL, device="cpu")
+    assert untouched.ask(question, images=[folder / "photos" / "001.jpg"], max_new_tokens=8) != ASKED[question]
 
 
 def test_what_is_exported_opens_with_transformers_and_has_the_logits_of_the_adapted_model(

@@ -22,7 +22,8 @@ from mmit.data.frames import FewerFrames
 from mmit.data.held_out import HeldOutSet, Pictures, lenders
 from mmit.data.plan import numbered
 from mmit.distributed import all_reduce_sum, logger, world_size
-from mmit.errors import ConfigError, DataError
+from mmit.errors import DataError
+from mmit.train.apart import check_apart
 from mmit.train.engine import device
 from mmit.train.feed import Feed, chosen_samples, lengths_of, open_shards
 from mmit.train.records import EvaluationRecord
@@ -131,7 +132,7 @@ def plan_evaluation(config: RunConfig, name: str, feed: Feed) -> Evaluation | No
         feeds={kind: replace(feed, plan=_plan(some, held, config.seed), stage=held) for kind, some in parts.items()},
         owners={kind: tuple(number for number, _ in some) for kind, some in parts.items()},
         with_pictures=tuple(with_pictures),
-        text=text_feed(asked.text, asked.samples, held, feed, seed=config.seed),
+        text=text_feed(asked.text, asked.samples, held, feed, seed=config.seed, where=f"stages.{name}.evaluate.text"),
     )
     plan = evaluation.feeds["true"].plan
     logger.info("held out: %d samples, measured every %d steps and at the end", plan.samples, asked.every_steps)
@@ -156,17 +157,7 @@ def _open(
     chosen = chosen_samples(shards, source.model_copy(update={"limit": limit}), seed=config.seed)
     numbers = np.arange(len(shards), dtype=np.uint32) if chosen is None else chosen
     numbers = np.setdiff1d(numbers, shards.quarantined)
-    for number, trained in enumerate(plan.sources):
-        if len(trained) != len(shards):
-            continue
-        drawn = plan.sample_of[: plan.samples][plan.source_of[: plan.samples] == number]
-        both = np.intersect1d(numbers, drawn)
-        if len(both) and trained.place(int(both[0])) == shards.place(int(both[0])):
-            raise ConfigError(
-                f"{where}: {len(both)} of the {len(numbers)} held-out samples of {shards.name} are trained on too; "
-                "give it other shards, or a part of its own, as 'subset: last 5%' here and 'subset: first 95%' in "
-                "data.mix"
-            )
+    check_apart(shards, numbers, plan, where=where)
     return shards, numbers
 
 

@@ -27,6 +27,7 @@ from mmit.train.evaluation import plan_evaluation
 from mmit.train.feed import make_feed
 from mmit.train.metrics import Recorder
 from mmit.train.sinks import Sinks
+from mmit.train.text_watch import text_feed
 from mmit.train.verdicts import best_so_far
 
 ALIGN = "stages.align"
@@ -133,6 +134,21 @@ def test_a_held_out_sample_that_is_trained_on_is_refused(run_file: Path) -> None
     feed = make_feed(config, config.stages["align"], loaded)
     with pytest.raises(ConfigError, match=r"3 of the 12 held-out samples of tiny are trained on too; .*subset"):
         plan_evaluation(config, "align", feed)
+
+
+def test_text_of_ones_own_is_what_has_no_pictures_and_is_not_trained_on(run_file: Path) -> None:
+    shards = run_file.parent / "shards"
+    config = config_of(run_file, trained="first 60%", held_out="last 10%", text=str(shards))
+    loaded = build_model(config.model, dtype=torch.float32, seed=0)
+    feed = make_feed(config, config.stages["align"], loaded)
+    with pytest.raises(ConfigError, match=r"evaluate\.text: \d of the 6 held-out samples of tiny are trained on too"):
+        plan_evaluation(config, "align", feed)  # every fifth of 30 samples has no picture
+    held, apart = config.stages["align"], config_of(run_file, trained="last 1", held_out="first 1")
+    other = make_feed(apart, apart.stages["align"], loaded)
+    found = text_feed(str(shards), 4, held, other, seed=0, where="text")
+    assert found is not None
+    assert found.plan.samples == 4
+    assert not any(found.plan.sources[0].read(number).images for number in range(4))
 
 
 def test_held_out_samples_cannot_be_measured_several_times(run_file: Path) -> None:
