@@ -40,7 +40,7 @@ class UpdateRatios:
             self._before = [weight.clone() for _, weight in self._held()]
 
     def after(self) -> dict[str, float]:
-        """The ratio of each part that trains, after the update; empty where it is not measured. Collective."""
+        """The ratio of each part that trains, after the update; empty where none was made or measured. Collective."""
         if not self._is_due:
             return {}
         sums = torch.zeros((2, len(PARTS)), dtype=torch.float64, device=device())
@@ -51,6 +51,8 @@ class UpdateRatios:
         if rank() and not is_partitioned(self._engine):  # every rank holds everything: counted once
             sums.zero_()
         changes, weights = all_reduce_sum(sums).sqrt().tolist()
+        if not any(changes):  # the update was left out
+            return {}
         return {
             part: change / weight for part, change, weight in zip(PARTS, changes, weights, strict=True) if weight > 0
         }
