@@ -90,7 +90,9 @@ def _child(case: dict[str, Any]) -> int:
     import torch
     from gpu_isolation import kernels, try_kernel
     from gpu_model import SHAPES
-    from gpu_step import Case, matrix_rate, measure
+    from gpu_step import Case, measure
+
+    from mmit.train.work import peak
 
     kind, device = case.pop("kind"), case["device"]
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
@@ -99,7 +101,7 @@ def _child(case: dict[str, Any]) -> int:
             size: [_one(try_kernel, SHAPES[size], name, device, dtype) for name in kernels()] for size in case["sizes"]
         }
         name = "CPU" if device == "cpu" else torch.cuda.get_device_name()
-        rate = matrix_rate(device, dtype)
+        rate = peak(dtype)
         print(json.dumps({"device": name, "torch": torch.__version__, "matrix_rate": rate, "isolation": found}))
         return 0
     try:

@@ -23,7 +23,7 @@ from mmit.images import ImageSpec
 from mmit.models import LoadedModel
 from mmit.models.connectors import build_connector
 from mmit.models.encoders import TransformersTower, tower_from_config
-from mmit.models.flops import LanguageModelShape, tower_flops
+from mmit.models.flops import shape_of, tower_flops
 from mmit.models.vlm import VisionLanguageModel
 from mmit.templates import ChatTemplate
 
@@ -199,22 +199,13 @@ def lengths(batches: list[Batch]) -> Tensor:
 
 def work(shape: Shape, stage: int, *, tokens: int, squares: int, labels: int, tiles: int) -> dict[str, int]:
     """Useful operations of a step by part: no padding, nothing recomputed, the head at labelled positions only."""
-    model = language_model(shape, dtype=torch.float32, device="meta")
-    table = model.get_input_embeddings().weight
-    body = LanguageModelShape(
-        parameters=sum(p.numel() for p in model.base_model.parameters() if p.ndim > 1) - table.numel(),
-        layers=shape.text["num_hidden_layers"],
-        attention_width=shape.text["hidden_size"],
-        head=table.numel(),
-        trains=stage == 2,
-    )
-    without = body.flops(tokens=tokens, squares=squares, labels=0)
+    body = shape_of(language_model(shape, dtype=torch.float32, device="meta").requires_grad_(stage == 2))
     tower = vision_tower(shape, dtype=torch.float32, device="meta")
     # two matrices; the first needs no gradient of its input
     narrow, wide = tower.width, shape.text["hidden_size"]
     return {
         "tower": tiles * tower_flops(tower, image_spec(shape)),
         "connector": tiles * shape.image_tokens * (4 * narrow * wide + 6 * wide * wide),
-        "language model": without,
+        "language model": body.flops(tokens=tokens, squares=squares, labels=0),
         "head": body.flops(tokens=0, squares=0, labels=labels),
     }

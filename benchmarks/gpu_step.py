@@ -111,21 +111,6 @@ def counts(case: Case, batches: list[Batch]) -> dict[str, Any]:
     return {"samples": len(of), "tokens": tokens, "trained_tokens": labels, "tiles": tiles, "flops": flops}
 
 
-def matrix_rate(device: str, dtype: torch.dtype) -> float:
-    """Operations a second of a large matrix product on random data: the most that this device gives."""
-    side, repeats = (512, 5) if device == "cpu" else (8192, 20)
-    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(3):
-        _synchronize(device)
-        started = time.perf_counter()
-        for _ in range(repeats):
-            left @ right
-        _synchronize(device)
-        best = min(best, (time.perf_counter() - started) / repeats)
-    return 2 * side**3 / best
-
-
 def profile_step(engine: Engine, step: list[Batch], device: str) -> dict[str, Any]:
     """Milliseconds of a step by kind of kernel, the longest kernels, and the time without any."""
     on_gpu = device != "cpu"

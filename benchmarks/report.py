@@ -87,23 +87,24 @@ def machine() -> dict[str, Any]:
     }
 
 
-def summary(results: Sequence[Result]) -> str:
-    """One line for each size, stage and number of ranks: every system's CPU time against the padded Trainer's."""
+def summary(results: Sequence[Result], *, key: str = CPU) -> str:
+    """One line for each size, stage and number of ranks: every system against the padded Trainer, by one figure."""
     systems = [name for name in TITLES if any(name in result.systems for result in results)]
-    head = ["", *(TITLES[name] for name in systems), "mmit, aim", "mmit / best other", "aim", "mmit / least memory"]
+    last = ["mmit, aim", "mmit over the best other", "aim", "less memory than the least other"]
+    head = ["", *(TITLES[name] for name in systems), *last]
     rows = []
     for result in results:
         size, stage = result.facts["size"], result.facts["stage"]
-        rivals = [result.best_peer(key) for key in (CPU, MEMORY)]
+        rivals = [result.best_peer(figure) for figure in (key, MEMORY)]
         over = [
-            _cell(result.ratios(OURS, rival, key), ".2f") if rival else ""
-            for rival, key in zip(rivals, (CPU, MEMORY), strict=True)
+            _cell(result.ratios(OURS, rival, figure), ".2f") if rival else ""
+            for rival, figure in zip(rivals, (key, MEMORY), strict=True)
         ]
         named = f"{over[0]} ({TITLES[rivals[0]]})" if rivals[0] and over[0] else ""
         rows.append(
             [
                 result.name,
-                *(_cell(result.ratios(name, BASE, CPU), ".2f") for name in systems),
+                *(_cell(result.ratios(name, BASE, key), ".2f") for name in systems),
                 format(AIMS.get((size, stage), ""), ""),
                 named,
                 format(AIM_OVER_BEST.get(stage, ""), ""),
@@ -130,8 +131,12 @@ def details(results: Sequence[Result]) -> str:
 
 
 def markdown(results: Sequence[Result], *, command: str, on: dict[str, Any]) -> str:
-    """The command, the machine and both tables."""
-    return f"{heading(results, command=command, on=on)}{summary(results)}\n{details(results)}"
+    """The command, the machine and all tables."""
+    return (
+        f"{heading(results, command=command, on=on)}{summary(results)}\n"
+        f"The same by the wall clock, which waiting for the other rank counts in:\n\n{summary(results, key=WALL)}\n"
+        f"{details(results)}"
+    )
 
 
 def heading(results: Sequence[Result], *, command: str, on: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import count, product
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from contest import Contest, Run, prepare
 from report import CPU, Result, chart, heading, machine, markdown, read, replace_section, summary, write
@@ -39,19 +39,23 @@ SECTION = "training speed, written by benchmarks/training.py"
 def main() -> int:
     options = _options()
     if options.only_report:
-        return _tell(options, *read(options.out))
-    folder = options.folder or Path(tempfile.mkdtemp(prefix="mmit-bench-"))
-    comparison = Comparison(options, folder)
-    try:
-        comparison.measure()
-    except KeyboardInterrupt:
-        print("stopped; what was measured so far:")
-        if not comparison.results:
+        results, command, on = read(options.out)
+    else:
+        folder = options.folder or Path(tempfile.mkdtemp(prefix="mmit-bench-"))
+        comparison = Comparison(options, folder)
+        results, command, on = comparison.results, comparison.command, comparison.machine
+        try:
+            comparison.measure()
+        except KeyboardInterrupt:
+            print(f"stopped; what was measured so far:\n\n{markdown(results, command=command, on=on)}")
             return 130
-    finally:
-        if options.folder is None:
-            shutil.rmtree(folder, ignore_errors=True)
-    return _tell(options, comparison.results, comparison.command, comparison.machine)
+        finally:
+            if options.folder is None:
+                shutil.rmtree(folder, ignore_errors=True)
+    print(f"{markdown(results, command=command, on=on)}\nwritten to {options.out}")
+    if options.write_docs:
+        _write_docs(results, command=command, on=on)
+    return 0
 
 
 class Comparison:
@@ -147,20 +151,17 @@ class Comparison:
         return self._contests[key]
 
 
-def _tell(options: argparse.Namespace, results: list[Result], command: str, on: dict[str, object]) -> int:
-    print(markdown(results, command=command, on=on))
-    print(f"written to {options.out}")
-    if options.write_docs:
-        (ROOT / "docs" / PICTURE).write_text(chart(results), encoding="utf-8")
-        in_full, in_short = markdown(results, command=command, on=on), heading(results, command=command, on=on)
-        pages = {
-            "docs/performance.md": (PICTURE, in_full),
-            "README.md": (f"docs/{PICTURE}", in_short + summary(results)),
-        }
-        for page, (picture, text) in pages.items():
-            shown = f"![Training speed by CPU time]({picture})\n\n{text}"
-            print(f"{page}: {'written' if replace_section(ROOT / page, SECTION, shown) else 'has no place for it'}")
-    return 0
+def _write_docs(results: list[Result], *, command: str, on: dict[str, Any]) -> None:
+    """Everything into docs/performance.md, chart and summary into README.md, where these have a place for it."""
+    (ROOT / "docs" / PICTURE).write_text(chart(results), encoding="utf-8")
+    told = heading(results, command=command, on=on)
+    in_full, in_short = markdown(results, command=command, on=on), f"{told}{summary(results)}"
+    for page, picture, text in (
+        ("docs/performance.md", PICTURE, in_full),
+        ("README.md", f"docs/{PICTURE}", in_short),
+    ):
+        shown = f"![Training speed by CPU time]({picture})\n\n{text}"
+        print(f"{page}: {'written' if replace_section(ROOT / page, SECTION, shown) else 'has no place for it'}")
 
 
 def _options() -> argparse.Namespace:

@@ -72,7 +72,7 @@ def test_ratios_are_taken_within_a_round_and_to_the_best_of_the_others(result: R
     assert cells["Trainer, padded"] == "1.00 (1.00-1.00)"
     assert cells["Trainer, grouped by length"] == "1.33"
     assert cells["mmit, aim"] == "2.0"
-    assert cells["mmit / best other"] == "1.50 (Trainer, grouped by length)"
+    assert cells["mmit over the best other"] == "1.50 (Trainer, grouped by length)"
     assert row[-1] == "1.20 |"  # 1200 MiB of the least of the others over 1000
 
 
