@@ -34,35 +34,41 @@ class _ChunkedNll(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         labels: Tensor,
+        vocabulary: int,
         with_grad: bool,
         by_source: BySource | None,
     ) -> Tensor:
         wants = [with_grad and needed for needed in ctx.needs_input_grad[:3]]
-        grad_hidden = torch.zeros_like(hidden) if wants[0] else None
-        grad_weight = torch.zeros_like(weight) if wants[1] else None
+        grad_hidden = torch.empty_like(hidden) if wants[0] else None
+        grad_weight = torch.empty_like(weight) if wants[1] else None
+        if grad_weight is not None:
+            grad_weight[vocabulary:] = 0.0
         grad_bias = torch.zeros_like(bias) if wants[2] and bias is not None else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
-        for start in range(0, hidden.shape[0], rows):
+        used, bias_used = weight[:vocabulary], None if bias is None else bias[:vocabulary]
+        rows = max(1, CHUNK_ELEMENTS // vocabulary)
+        # one pass at least: without a label, the gradient of the weight is the product of nothing
+        for start in range(0, max(1, hidden.shape[0]), rows):
             part, target = hidden[start : start + rows], labels[start : start + rows, None]
-            logits = functional.linear(part, weight, bias).float()  # (C, V)
-            normalizer = logits.logsumexp(dim=1, keepdim=True)
-            nll = normalizer - logits.gather(1, target)
+            logits = functional.linear(part, used, bias_used)  # (C, V)
+            log_p = functional.log_softmax(logits, dim=1, dtype=torch.float32)
+            nll = -log_p.gather(1, target)
             total += nll.sum()
             if by_source is not None:
                 by_source.add(nll[:, 0], start)
             if not any(wants):
                 continue
             # d(-log p)/d(logits) = softmax - onehot
-            slope = logits.sub_(normalizer).exp_()
+            slope = log_p.exp_()
             slope.scatter_add_(1, target, torch.full_like(slope[:, :1], -1.0))
             slope = slope.to(hidden.dtype)
             if grad_hidden is not None:
-                torch.mm(slope, weight, out=grad_hidden[start : start + rows])
+                torch.mm(slope, used, out=grad_hidden[start : start + rows])
             if grad_weight is not None:
-                grad_weight.addmm_(slope.t(), part)
+                # beta 0: the first chunk writes, later ones add
+                grad_weight[:vocabulary].addmm_(slope.t(), part, beta=int(start > 0))
             if grad_bias is not None:
-                grad_bias += slope.sum(dim=0)
+                grad_bias[:vocabulary] += slope.sum(dim=0)
         ctx.gradients = (grad_hidden, grad_weight, grad_bias)
         return total
 
@@ -71,7 +77,7 @@ class _ChunkedNll(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         scaled = [None if gradient is None else gradient.mul_(grad) for gradient in ctx.gradients]
         ctx.gradients = ()
-        return (*scaled, None, None, None)
+        return (*scaled, None, None, None, None)
 
 
 def labelled_nll(
@@ -87,9 +93,8 @@ def labelled_nll(
 
     def loss_instead_of_logits(states: Tensor) -> Tensor:
         weight, bias = head.weight, head.bias
-        if vocabulary is not None:
-            weight, bias = weight[:vocabulary], None if bias is None else bias[:vocabulary]
-        return _ChunkedNll.apply(states, weight, bias, labels, with_grad, by_source)
+        words = weight.shape[0] if vocabulary is None else min(vocabulary, weight.shape[0])
+        return _ChunkedNll.apply(states, weight, bias, labels, words, with_grad, by_source)
 
     head.__dict__["forward"] = loss_instead_of_logits
     try:
