@@ -30,6 +30,7 @@ app.command("doctor")(cli_machine.doctor)
 app.command("launch")(cli_machine.launch)
 app.command("inspect")(cli_models.inspect)
 app.command("new")(cli_runs.new)
+app.command("plan")(cli_runs.plan)
 app.command("report")(cli_runs.report)
 app.command("diff")(cli_runs.diff)
 

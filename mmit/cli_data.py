@@ -59,28 +59,31 @@ def convert(
 @app.command("show")
 def show(
     shards: Shards,
-    tokenizer: Annotated[str, typer.Option(help="Directory or hub name of the language model or model directory.")],
+    tokenizer: Annotated[
+        str, typer.Option(help="A language model (directory or hub name), or a model directory with its encoder.")
+    ],
     template: Annotated[str, typer.Option(help="Chat template: own, a .jinja file, or a built-in name.")] = "own",
-    style: Annotated[Literal["hf", "llava", "blip"], typer.Option(help="How text around images is tokenized.")] = "hf",
-    image_tokens: Annotated[int, typer.Option(min=1, help="Image tokens of one picture.")] = 576,
+    style: Annotated[
+        Literal["hf", "llava", "blip"] | None, typer.Option(help="How text around images is tokenized; else hf.")
+    ] = None,
+    image_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Image tokens of one picture; else 576. A model directory knows its own.")
+    ] = None,
     sample: Annotated[list[int] | None, typer.Option(help="Number of a sample; may be repeated.")] = None,
 ) -> None:
     """Print samples as the model will see them: trained tokens in colour, runs of image tokens folded."""
     from rich.console import Console
 
     from mmit.data.show import show as shown
+    from mmit.data.show import text_view
+    from mmit.train.views import is_whole_model, model_view
 
     console = Console(soft_wrap=True, highlight=False)
-    texts = shown(
-        shards,
-        tokenizer=tokenizer,
-        template=template,
-        style=style,
-        image_tokens=image_tokens,
-        samples=sample or [0],
-        marks=not console.is_terminal,
-    )
-    for text in texts:
+    if is_whole_model(tokenizer):
+        view = model_view(tokenizer, template=template, style=style, image_tokens=image_tokens)
+    else:
+        view = text_view(tokenizer, template=template, style=style or "hf", image_tokens=image_tokens or 576)
+    for text in shown(shards, view, samples=sample or [0], marks=not console.is_terminal):
         console.print(text)
 
 

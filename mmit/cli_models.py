@@ -56,7 +56,7 @@ def inspect(
     path: Annotated[Path, typer.Argument(metavar="DIR|FILE", help="Any checkpoint, model directory or weight file.")],
     as_json: Annotated[bool, typer.Option("--json", help="The same as JSON.")] = False,
 ) -> None:
-    """Tell what a checkpoint holds, without loading it."""
+    """Tell what a checkpoint holds, without loading it. Exit code: 1 where there are problems, else 0."""
     import json
 
     from mmit.models.inspection import inspect as look
@@ -64,7 +64,7 @@ def inspect(
     found = look(path)
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=2))
-        return
+        raise typer.Exit(1 if found.problems else 0)
     typer.echo(f"{found.path}: {found.kind}")
     for part in found.parts:
         size = f"{part.parameters:>16,} parameters {part.bytes / 1e9:>9.3f} GB"
@@ -73,3 +73,4 @@ def inspect(
         typer.echo(f"  {name}: {json.dumps(value) if isinstance(value, dict | list) else value}")
     for problem in found.problems:
         typer.echo(f"  PROBLEM {problem}")
+    raise typer.Exit(1 if found.problems else 0)

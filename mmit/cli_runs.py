@@ -1,4 +1,4 @@
-"""The verbs around a run: ``mmit new`` before it, ``mmit report`` and ``mmit diff`` after it."""
+"""The verbs around a run: ``mmit new`` and ``mmit plan`` before it, ``mmit report`` and ``mmit diff`` after it."""
 
 from __future__ import annotations
 
@@ -19,6 +19,43 @@ def new(
 
     for line in write_new_run(file, model, Sets(data=data, held_out=held_out)):
         typer.echo(line)
+
+
+def plan(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The run file (YAML).")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Changes to it.")] = None,
+    stage: Annotated[str | None, typer.Option(help="This stage only.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Devices, one rank on each; else those here.")] = None,
+    memory: Annotated[float | None, typer.Option(min=0, help="GiB of a device; else that of those here.")] = None,
+    rate: Annotated[float | None, typer.Option(min=0, help="TFLOP/s of a device; else measured here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: bytes, tokens, seconds.")] = False,
+) -> None:
+    """Predict peak memory per rank under each ZeRO stage, what fits, and steps and time per epoch; needs no GPU."""
+    import json
+
+    from mmit.config import load_config
+    from mmit.train.launch import check_stages
+    from mmit.train.stage import prepare_process
+
+    prepare_process()
+    from mmit.train.plan_table import as_json as described
+    from mmit.train.plan_table import plan_lines, plan_table
+    from mmit.train.planner import Machine, plan_run
+
+    config = load_config(file, overrides)
+    stages = check_stages(config, stage)
+    machine = Machine.given(ranks=gpus, gib=memory, rate=rate)
+    plans = plan_run(config, stages, machine)
+    if as_json:
+        typer.echo(json.dumps([described(one) for one in plans], indent=1))
+        return
+    from rich.console import Console
+
+    console = Console(soft_wrap=True, highlight=False)
+    for one in plans:
+        console.print(plan_table(one), width=None if console.is_terminal else 132)
+        for line in plan_lines(one):
+            console.print(line, markup=False)
 
 
 def report(

@@ -7,7 +7,16 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from mmit.config import Batching, ComposedModel, CustomPart, Data, WholeModel, load_config, parse_count
+from mmit.config import (
+    Batching,
+    ComposedModel,
+    CustomPart,
+    Data,
+    TransformersEncoder,
+    WholeModel,
+    load_config,
+    parse_count,
+)
 from mmit.config_file import json_schema, parse, resolved_yaml
 from mmit.errors import ConfigError
 
@@ -168,8 +177,18 @@ def test_training_nothing_is_refused() -> None:
 
 def test_an_unknown_encoder_type_names_those_that_exist() -> None:
     assert mistakes(RUN, "model.encoder.type=clipp")[1] == (
-        "  model.encoder: 'type' must be one of transformers, open_clip, timm, or package.module:Class"
+        "  model.encoder: 'type' must be one of transformers, open_clip, timm, or package.module:Class (it may be left "
+        "out where 'path' is a directory whose config.json has a model_type: transformers)"
     )
+
+
+def test_an_encoder_that_only_names_a_directory_is_told_by_its_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "clip_vision_model"}')
+    config = parse(RUN, source="", overrides=[f"model.encoder={{path: '{tmp_path}'}}"])
+    assert isinstance(config.model, ComposedModel)
+    assert isinstance(config.model.encoder, TransformersEncoder)
+    (tmp_path / "config.json").write_text('{"architecture": "vit_base_patch16_224"}')  # as timm writes it
+    assert "'type' must be one of" in mistakes(RUN, f"model.encoder={{path: '{tmp_path}'}}")[1]
 
 
 def test_ones_own_encoder_is_a_module_and_a_class() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, PositiveInt, Tag
@@ -82,6 +84,18 @@ class TimmEncoder(TowerSection):
     """``true`` for the weights that belong to the name, or a weight file."""
 
 
+def _kind_of(value: object) -> str:
+    """The tag of an encoder's section; one that only names a directory is told by the config.json there."""
+    if not isinstance(value, dict) or "type" in value or not isinstance(path := value.get("path"), str):
+        return kind_of(value)
+    try:
+        content = json.loads((Path(path).expanduser() / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    # timm writes ``architecture``, open_clip a file of another name: those sections name no directory
+    return "transformers" if isinstance(content, dict) and "model_type" in content else ""
+
+
 def _at_least_two(encoders: tuple[OneEncoder, ...]) -> tuple[OneEncoder, ...]:
     if len(encoders) < 2:
         raise ValueError(f"a list of {len(encoders)} encoders; give at least two, or one that is no list")
@@ -95,9 +109,10 @@ _OneEncoder = Annotated[
     | Annotated[TimmEncoder, Tag("timm")]
     | Annotated[CustomPart, Tag("custom")],
     Discriminator(
-        kind_of,
+        _kind_of,
         custom_error_type="unknown_type",
-        custom_error_message="'type' must be one of transformers, open_clip, timm, or package.module:Class",
+        custom_error_message="'type' must be one of transformers, open_clip, timm, or package.module:Class (it may be "
+        "left out where 'path' is a directory whose config.json has a model_type: transformers)",
     ),
 ]
 Encoder = Annotated[

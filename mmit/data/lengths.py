@@ -17,7 +17,7 @@ from mmit.conversation import Conversation, ImageRef, Message
 from mmit.data import quarantine
 from mmit.data.faults import BadSample, StorageError, first_three
 from mmit.data.parallel import run, usable_cores, with_progress
-from mmit.data.side_files import Table, TextSet, kept
+from mmit.data.side_files import Table, TextSet, is_kept, kept
 from mmit.errors import DataError
 
 ROW = np.dtype([("tokens", "<u4"), ("trained", "<u4"), ("tiles", "<u2"), ("turns", "<u2")])
@@ -94,6 +94,11 @@ def measure_lengths(
             f"allows {int(max_skipped * len(table))}: {first_three(list(table.refused))}"
         )
     return table
+
+
+def is_measured(shards: TextSet, *, fingerprint: str) -> bool:
+    """Whether ``measure_lengths`` has its table already."""
+    return is_kept(shards, f"{fingerprint} {shards.fingerprint}", dtype=ROW)
 
 
 def fit(

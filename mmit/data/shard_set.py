@@ -6,7 +6,6 @@ Opens directories that mmit wrote and any webdataset tars that follow the conven
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import zlib
 from bisect import bisect_right
@@ -21,6 +20,7 @@ from mmit.conversation import Conversation
 from mmit.data import quarantine, stored
 from mmit.data.faults import StorageError
 from mmit.data.index import digest, image_number, load_index, split_name
+from mmit.data.local_shards import check_size, local_set
 from mmit.data.quarantine import QUARANTINE
 from mmit.data.remote import is_remote, read_small
 from mmit.data.shard_cache import RemoteShards, ShardCache
@@ -62,25 +62,8 @@ def open_source(path: str | Path, *, cache: Path = CACHE, cache_bytes: int = CAC
     """
     if is_remote(path):
         return _open_remote(f"{path}".removesuffix(MANIFEST).rstrip("/") + "/", cache.expanduser(), cache_bytes)
-    location = Path(str(path).removeprefix("file://")).expanduser()
+    location, tars, manifest = local_set(path)
     directory = location if location.is_dir() else location.parent
-    manifest = Manifest.read(location) if (location / MANIFEST).is_file() else None
-    if manifest is not None:
-        tars = [location / shard.file for shard in manifest.shards]
-    elif location.is_dir():
-        tars = sorted(location.glob("*.tar"))
-    else:
-        tars = sorted(Path(name) for name in glob.glob(str(location)))
-    if not tars:
-        unfinished = location.with_name(location.name + ".partial")
-        hint = (
-            f"; {unfinished} is an unfinished conversion: run the same `mmit data convert` again"
-            if unfinished.is_dir()
-            else ""
-        )
-        raise DataError(f"{path}: no shards (*.tar) here{hint}")
-    if directory.name.endswith(".partial"):
-        raise DataError(f"{path}: an unfinished conversion; run the same `mmit data convert` again to finish it")
     name = manifest.name if manifest else (location.stem if location.is_file() else directory.resolve().name)
     found = ShardSet(name, directory, tars, manifest, cache.expanduser() / _folder(str(directory.resolve())))
     return _not_empty(found, path)
@@ -168,13 +151,7 @@ class ShardSet:
         stated = self.manifest.shards[number] if self.manifest else None
         if self.remote is not None and stated is not None:
             return self.remote.index(stated)
-        if not tar.is_file():
-            raise StorageError(f"{tar}: the shard is missing")
-        if stated and tar.stat().st_size != stated.bytes:
-            raise StorageError(
-                f"{tar}: has {tar.stat().st_size} bytes where the manifest says {stated.bytes}: "
-                "it was cut or replaced; copy it or convert the data set again"
-            )
+        check_size(tar, stated.bytes if stated else None)
         rows, made = load_index(tar, cache=self.cache)
         if stated and made and digest(rows) != stated.index:
             raise StorageError(

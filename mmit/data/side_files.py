@@ -66,6 +66,12 @@ def kept(data: TextSet, fingerprint: str, compute: Callable[[], Table], *, dtype
         return _read(folder / name, dtype) or (rows, more)
 
 
+def is_kept(data: TextSet, fingerprint: str, *, dtype: np.dtype) -> bool:
+    """Whether ``kept`` has the table already."""
+    name = hashlib.sha256(fingerprint.encode()).hexdigest()[:24]
+    return any(_read(folder / "lengths" / name, dtype) is not None for folder in (data.directory, data.cache))
+
+
 def _writable(folder: Path) -> bool:
     try:
         folder.mkdir(parents=True, exist_ok=True)

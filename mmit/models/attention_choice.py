@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ def set_attention(language_model: PreTrainedModel, asked: str) -> str:
     Raises ConfigError, naming the run file's key, where the model, the device or the machine cannot run it.
     """
     implementation = choose_attention(language_model) if asked == "auto" else asked
-    reason = "" if asked == "auto" else _why_not(language_model, asked)
+    reason = "" if asked == "auto" else why_not_here(language_model, asked) or why_not_ever(language_model, asked)
     if not reason and language_model.config._attn_implementation != implementation:
         try:
             language_model.set_attn_implementation(implementation)
@@ -113,15 +114,25 @@ def carried_state(language_model: PreTrainedModel) -> str:
     return stateful and f"{type(language_model).__name__} has layers of type {stateful}, which {carried}"
 
 
-def _why_not(language_model: PreTrainedModel, implementation: str) -> str:
-    device, dtype = language_model.device.type, language_model.dtype
-    if implementation in ON_GPU_ONLY and device != "cuda":
+def why_not_here(
+    language_model: PreTrainedModel, asked: str, *, device: str | None = None, dtype: torch.dtype | None = None
+) -> str:
+    """Why the device or the precision (by default the model's) cannot run an attention; empty where they can."""
+    device, dtype = device or language_model.device.type, dtype or language_model.dtype
+    if asked in ON_GPU_ONLY and device != "cuda":
         return f"it runs on GPUs only and the model is on {device}"
-    if implementation == FLASH and dtype not in (torch.bfloat16, torch.float16):
+    if asked == FLASH and dtype not in (torch.bfloat16, torch.float16):
         return f"it takes bf16, and the precision is {str(dtype).removeprefix('torch.')}"
-    if implementation in (PACKED, "sdpa") and _is_soft_capped(language_model):
+    if asked == FLASH and find_spec("flash_attn") is None:
+        return "the package flash-attn is not installed"
+    return ""
+
+
+def why_not_ever(language_model: PreTrainedModel, asked: str) -> str:
+    """Why an attention would compute another model; empty where it would not."""
+    if asked in (PACKED, "sdpa") and _is_soft_capped(language_model):
         return f"{type(language_model).__name__} caps its scores, which it would leave out"
-    return _why_not_packed(language_model) if implementation == PACKED else ""
+    return _why_not_packed(language_model) if asked == PACKED else ""
 
 
 def _why_not_packed(language_model: PreTrainedModel) -> str:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _BLOCK = 64
+_SIZE_BYTES = 4
+"""Of the number that a block's weights share."""
 
 
 class FourBitLinear(nn.Module):
@@ -87,6 +89,14 @@ def pack(language_model: PreTrainedModel) -> None:
     """Put every linear layer but the head, and those of an adapter, into four bits, in place."""
     for name, linear in _linear_layers(language_model):
         language_model.set_submodule(name, FourBitLinear(linear))
+
+
+def packed_sizes(language_model: PreTrainedModel) -> dict[str, int]:
+    """Bytes of each weight that ``pack`` puts into four bits, by the name of its parameter in the language model."""
+    return {
+        f"{name}.weight": linear.weight.numel() // 2 + -(-linear.weight.numel() // _BLOCK) * _SIZE_BYTES
+        for name, linear in _linear_layers(language_model)
+    }
 
 
 def unpacked(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

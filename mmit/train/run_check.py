@@ -12,13 +12,15 @@ import torch
 from torch import nn
 
 from mmit.config import ComposedModel, RunConfig, Stage
+from mmit.data.local_shards import check_present
 from mmit.errors import ConfigError, MmitError
-from mmit.models import LoadedModel, build_model, load_weights
+from mmit.models import LoadedModel, VisionLanguageModel, build_model, load_weights
+from mmit.models.attention_choice import why_not_ever, why_not_here
 from mmit.models.encoders import build_encoder
 from mmit.models.language_models import read_language_model
 from mmit.models.placement import SHAPES, placed
 from mmit.models.rules import check_frozen
-from mmit.train.feed import make_encode
+from mmit.train.feed import location, make_encode
 from mmit.train.origin import start_directory
 from mmit.train.sinks import check_sinks
 from mmit.train.trained import table
@@ -50,14 +52,19 @@ class RunReport:
             return None
 
 
-def check_run(config: RunConfig) -> RunReport:
-    """Check that parts exist and fit together, and that each stage can start with them; data is not looked at."""
+def check_run(config: RunConfig, *, data: bool = True) -> RunReport:
+    """Check that parts exist and fit together, that each stage can start with them, and that its data is there.
+
+    data: False leaves the data out. Of shards, only the manifest is read and that the files are there.
+    """
     report = RunReport()
     with placed(SHAPES):
         loaded = _model(config, report)
         for name, stage in config.stages.items():
             _check_engine(stage, name, report)
             report.attempt(lambda log=stage.log: check_sinks(log))
+            if data:
+                _check_data(config, name, report)
             if loaded is not None and stage.lora is not None:  # which changes the model
                 other = build_model(config.model, dtype=DTYPE, seed=0, adapter="drop")
                 _check_stage(config, name, other, report)
@@ -101,13 +108,35 @@ def _check_engine(stage: Stage, name: str, report: RunReport) -> None:
     report.attempt(make)
 
 
+def _check_data(config: RunConfig, name: str, report: RunReport) -> None:
+    stage = config.stages[name]
+    for source in (*stage.data.mix, *(stage.evaluate.mix if stage.evaluate is not None else ())):
+        report.attempt(lambda source=source: check_present(location(source, beside=config.file)))
+
+
+def _check_attention(stage: Stage, name: str, model: VisionLanguageModel, report: RunReport, precision: str) -> None:
+    """What the model rules out is a mistake; what this machine rules out is a note, since another may train."""
+    if stage.attention == "auto":
+        return
+    told = f"stages.{name}.attention: {stage.attention} does not serve"
+    if reason := why_not_ever(model.language_model, stage.attention):
+        report.mistakes.append(f"{told}: {reason}; set it to auto")
+        return
+    on_gpu = torch.cuda.is_available()
+    dtype = torch.bfloat16 if precision == "bf16" or (precision == "auto" and on_gpu) else torch.float32
+    device = "cuda" if on_gpu else "cpu"
+    if reason := why_not_here(model.language_model, stage.attention, device=device, dtype=dtype):
+        report.notes.append(f"{told} on this machine: {reason}")
+
+
 def _check_stage(config: RunConfig, name: str, loaded: LoadedModel, report: RunReport) -> None:
     stage, model = config.stages[name], loaded.model
     report.attempt(lambda: make_encode(stage.data, loaded))
+    _check_attention(stage, name, model, report, config.precision)
     if stage.init_from not in config.stages:
         directory = report.attempt(lambda: start_directory(config, name))
         if directory is not None:
-            report.attempt(lambda: load_weights(model, directory, adapter="drop"))
+            report.attempt(lambda: load_weights(model, directory, adapter="drop", connector=loaded.connector))
     if stage.data.features != "none":
         tower = nn.Module()
         tower.vision_tower = model.vision_tower

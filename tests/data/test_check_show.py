@@ -16,7 +16,7 @@ from mmit.conversation import Conversation
 from mmit.data.check import Depth, check
 from mmit.data.findings import Report
 from mmit.data.shards import ShardWriter
-from mmit.data.show import TRAINED, show
+from mmit.data.show import TRAINED, show, text_view
 from mmit.errors import DataError
 
 
@@ -117,17 +117,12 @@ def test_a_sample_is_shown_with_its_trained_tokens_coloured(tmp_path: Path) -> N
     tiny_llama_tokenizer(tmp_path / "tokenizer")
     shards = make_shards(tmp_path, 3)
     number = next(n for n in range(3) if shards.read(n).images)
-    (text,) = show(
-        shards.directory,
-        tokenizer=str(tmp_path / "tokenizer"),
-        template="vicuna",
-        image_tokens=9,
-        samples=[number],
-    )
+    view = text_view(str(tmp_path / "tokenizer"), template="vicuna", image_tokens=9)
+    (text,) = show(shards.directory, view, samples=[number])
     assert f"({shards.read(number).id}); images: 8 x 6;" in text.plain
     assert "<image> x 9" in text.plain
     answer = shards.read(number).messages[1].text
     trained = "".join(text.plain[span.start : span.end] for span in text.spans if span.style == TRAINED)
     assert trained == f" {answer}</s>"
     with pytest.raises(DataError, match="there is no sample 3; the shards hold 0 to 2"):
-        list(show(shards.directory, tokenizer=str(tmp_path / "tokenizer"), template="vicuna", samples=[3]))
+        list(show(shards.directory, view, samples=[3]))

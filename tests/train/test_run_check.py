@@ -4,22 +4,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from factories import tiny_llama_tokenizer
 from model_factories import tiny_clip_dir, tiny_model_section
-from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, MambaConfig, PretrainedConfig
+from transformers import CLIPImageProcessor, CLIPVisionConfig, Gemma2Config, LlamaConfig, MambaConfig, PretrainedConfig
 
-from mmit.config import load_config
+from mmit.config import ComposedModel, load_config
 from mmit.errors import ConfigError
 from mmit.models import build_model, save_model
 from mmit.train.run_check import DTYPE, RunReport, check_run, refuse_mistakes
 
-DATA = {"mix": [{"shards": "nowhere"}]}
 BATCH = {"length": 2048, "tokens_per_step": 8192}
 
 
 def run_file(folder: Path, model: dict[str, Any], **stages: dict[str, Any]) -> Path:
-    filled = {name: {"data": DATA, "batch": BATCH, **stage} for name, stage in stages.items()}
+    shards = folder / "shards"
+    shards.mkdir(exist_ok=True)
+    (shards / "a.tar").touch()  # what is in it is not looked at
+    data = {"mix": [{"shards": str(shards)}]}
+    filled = {
+        name: {"batch": BATCH, **stage, "data": {**data, **stage.get("data", {})}} for name, stage in stages.items()
+    }
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump({"name": "big", "model": model, "stages": filled}, sort_keys=False))
     return path
@@ -65,7 +71,7 @@ def test_a_model_of_7_b_is_counted_without_weights(big: dict[str, Any], tmp_path
     path = run_file(
         tmp_path,
         big,
-        align={"train": {"connector": 1e-3}, "data": {**DATA, "template": "plain"}},
+        align={"train": {"connector": 1e-3}, "data": {"template": "plain"}},
         instruct={
             "init_from": "align",
             "train": {"connector": 2e-5, "language_model": 2e-5, "vision_tower": 2e-6},
@@ -112,7 +118,7 @@ def test_parts_and_rules_that_do_not_fit_are_told(tmp_path: Path) -> None:
         tmp_path,
         model,
         one={"train": {"conector": 1e-3}},
-        two={"train": {"connector": 1e-3}, "data": {**DATA, "template": "no_such_template"}},
+        two={"train": {"connector": 1e-3}, "data": {"template": "no_such_template"}},
         three={"train": {"connector": 1e-3}, "init_from": str(tmp_path / "nothing")},
     )
     mistakes = checked(path).mistakes
@@ -148,7 +154,7 @@ def test_another_input_size_and_four_bits_are_checked_without_values(tmp_path: P
 
 def test_a_tower_that_is_trained_and_read_from_features_is_told(tmp_path: Path) -> None:
     model = tiny_model_section(tmp_path / "parts")
-    data = {**DATA, "features": str(tmp_path / "features")}
+    data = {"features": str(tmp_path / "features")}
     path = run_file(
         tmp_path,
         model,
@@ -179,3 +185,59 @@ def test_shapes_are_those_of_the_model_that_is_trained(tmp_path: Path, kind: Any
     other = tiny_model_section(tmp_path / "other", kind) | {"connector": {"type": "linear"}}
     stage = {"train": {"connector": 1e-3}, "init_from": str(tmp_path / "saved")}
     assert "do not fit the model" in checked(run_file(tmp_path, other, one=stage)).mistakes[0]
+
+
+def test_data_that_is_not_there_is_told(tmp_path: Path) -> None:
+    model = tiny_model_section(tmp_path / "parts")
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    (cut / "manifest.json").write_text("{")
+    mixes = [[{"shards": str(tmp_path / "none")}], [{"shards": str(cut)}], [{"recipe": "no_such_recipe"}]]
+    path = run_file(
+        tmp_path,
+        model,
+        **{f"s{number}": {"train": {"connector": 1e-3}, "data": {"mix": mix}} for number, mix in enumerate(mixes)},
+    )
+    missing, broken, recipe = checked(path).mistakes
+    assert missing == f"{tmp_path / 'none'}: no shards (*.tar) here"
+    assert broken.startswith(f"{cut / 'manifest.json'}")
+    assert "no_such_recipe" in recipe
+    assert check_run(load_config(path), data=False).mistakes == []
+
+
+def test_an_attention_that_cannot_run_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    capped = Gemma2Config(
+        vocab_size=640, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=8
+    )
+    model = {
+        "encoder": {"path": str(tiny_clip_dir(tmp_path / "clip"))},
+        "language_model": {"path": described(tmp_path / "gemma", capped), "template": "vicuna"},
+    }
+    stage = {"train": {"connector": 1e-3}}
+    path = run_file(tmp_path, model, one={**stage, "attention": "sdpa"}, two={**stage, "attention": "flex_attention"})
+    report = checked(path)
+    assert report.mistakes == [
+        "stages.one.attention: sdpa does not serve: Gemma2ForCausalLM caps its scores, which it would leave out; set "
+        "it to auto"
+    ]
+    # another machine may train
+    assert report.notes == [
+        "stages.two.attention: flex_attention does not serve on this machine: it runs on GPUs only and the model is "
+        "on cpu"
+    ]
+
+
+def test_a_directory_that_no_stage_can_start_from_is_told(tmp_path: Path) -> None:
+    model = tiny_model_section(tmp_path / "parts")
+    loaded = build_model(ComposedModel.model_validate(model), dtype=DTYPE, seed=0)
+    save_model(loaded, None, tmp_path / "saved", made_from={})
+    starts = [str(tmp_path / "saved"), model["language_model"]["path"], model["encoder"]["path"]]
+    stages = {f"s{number}": {"train": {"connector": 1e-3}, "init_from": start} for number, start in enumerate(starts)}
+    found = checked(run_file(tmp_path, model, **stages)).mistakes
+    assert len(found) == 2
+    assert all(start in mistake for start, mistake in zip(starts[1:], found, strict=True))
+    # the same shapes, and another function of them
+    other = model | {"connector": {"type": "average_pool", "tokens": 4}}
+    [mistake] = checked(run_file(tmp_path, other, s=stages["s0"])).mistakes
+    assert "has another connector than the run file" in mistake
