@@ -152,13 +152,13 @@ def _rank(file: Path) -> None:
     stage = config.stages["measured"]
     ranks = torch.distributed.get_world_size()
     plan = plan_of(config, "measured", Machine(ranks=ranks, memory=0, rate=0))
-    asked = (stage.zero.stage, "none", stage.activation_checkpointing)
+    asked = (stage.zero.number, "none", stage.activation_checkpointing)
     (choice,) = [c for c in plan.choices if (c.way.zero_stage, c.way.offload, c.way.recompute) == asked]
 
     on_device = device().type != "cpu"
     dtype = resolve_precision(config.precision)
     loaded = build(config, "measured", dtype=dtype, tower=None)
-    if stage.zero.stage < 3:  # else weights would lie in files that are mapped
+    if stage.zero.number < 3:  # else weights would lie in files that are mapped
         for tensor in (*loaded.model.parameters(), *loaded.model.buffers()):
             tensor.data = tensor.data.clone()
     batch = worst_batch(loaded, plan.workload.row, rows=1)
@@ -168,7 +168,7 @@ def _rank(file: Path) -> None:
         live.count([*held, *loaded.model.buffers()])
         held.clear()
         attend(loaded, stage, "measured")
-        engine = make_engine(stage, loaded, dtype=dtype)
+        engine = make_engine(config, "measured", loaded, dtype=dtype)
         for _ in range(STEPS * MICRO_BATCHES):
             engine.micro_step(batch, trained_tokens=batch.trained_tokens * MICRO_BATCHES * ranks)
             engine.close_micro_step(factor=1.0)
