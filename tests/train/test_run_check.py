@@ -184,7 +184,7 @@ def test_shapes_are_those_of_the_model_that_is_trained(tmp_path: Path, kind: Any
     assert checked(run_file(tmp_path, {"path": str(tmp_path / "saved")}, one={"train": {"connector": 1e-3}})).trains
     other = tiny_model_section(tmp_path / "other", kind) | {"connector": {"type": "linear"}}
     stage = {"train": {"connector": 1e-3}, "init_from": str(tmp_path / "saved")}
-    assert "do not fit the model" in checked(run_file(tmp_path, other, one=stage)).mistakes[0]
+    assert "has another connector than the run file" in checked(run_file(tmp_path, other, one=stage)).mistakes[0]
 
 
 def test_data_that_is_not_there_is_told(tmp_path: Path) -> None:
