@@ -30,7 +30,8 @@ pytestmark = pytest.mark.slow
 def process(folder: Path, command: str) -> str:
     """A command in a process of its own; what it said on both streams."""
     words = [sys.executable, "-m", *shlex.split(command)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # passive: threads that wait for each other give the core back, which matters where tests share few
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr

@@ -60,6 +60,8 @@ def _measured(model: str, data: str) -> tuple[int, Lengths, list[str]]:
     from mmit.models import read_outline
     from mmit.train.feed import make_encode
 
+    if Path(data).is_file() and Path(data).suffix != ".tar":
+        raise DataError(f"{data}: is no set of shards; make one with `mmit data convert {data} --out DIR`")
     shards = open_source(data)
     outline = read_outline(WholeModel(path=model))
     encode = make_encode(Data(mix=[Source(shards=data)]), outline)
@@ -92,7 +94,6 @@ def _stage(sets: Sets, samples: int, apart: int, chosen: Defaults) -> dict[str, 
         "optim": {"schedule": "cosine", "warmup_fraction": chosen.warmup_fraction},
         "save": {"every_steps": every, "keep_best": True},
         "activation_checkpointing": True,
-        "zero": {"stage": 2},
     }
     if not apart and not sets.held_out:
         del stage["evaluate"], stage["save"]["keep_best"]
