@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 BENCH_STAMP := $(VENV)/.installed-bench
 BENCH ?=
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench soak clean
 
 demo: $(STAMP)
 	$(BIN)/mmit demo --out demo_run
@@ -23,6 +23,9 @@ lint: $(STAMP)
 # about 15 minutes; make bench BENCH='--rounds 3 --write-docs' for the tables of docs/performance.md
 bench: $(BENCH_STAMP)
 	$(BIN)/python benchmarks/training.py $(BENCH)
+
+soak: $(STAMP)
+	PYTHONPATH=tests $(BIN)/python tests/distributed/soak.py
 
 clean:
 	rm -rf $(VENV) demo_run build dist

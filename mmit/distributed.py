@@ -83,6 +83,15 @@ def ranks_that_differ(value: str) -> dict[int, str]:
     return {number: other for number, other in enumerate(said) if other != said[0]}
 
 
+def is_lost_connection(error: RuntimeError) -> bool:
+    """True for what torch raises in a collective where another process of it is gone."""
+    import torch.distributed as dist
+
+    text = str(error)
+    broken = "closed by peer" in text or "reset by peer" in text or "Broken pipe" in text
+    return isinstance(error, dist.DistNetworkError) or ("gloo" in text and broken)
+
+
 class _RankZero(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         return rank() == 0 or record.levelno >= logging.ERROR

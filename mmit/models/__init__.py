@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from mmit.models.merge import merge_directory
     from mmit.models.outline import Outline, read_outline
     from mmit.models.rules import NEW_TOKENS, TrainGroup
-    from mmit.models.save import Frozen, save_model
+    from mmit.models.save import save_model
     from mmit.models.vlm import VisionLanguageModel
+    from mmit.models.weight_files import Frozen, Weights
 
 _WHERE = {
     "adapter_files": ("begin_adapter",),
@@ -31,7 +32,8 @@ _WHERE = {
     "loaded": ("LoadedModel",),
     "merge": ("merge_directory",),
     "rules": ("NEW_TOKENS", "TrainGroup"),
-    "save": ("Frozen", "save_model"),
+    "save": ("save_model",),
+    "weight_files": ("Frozen", "Weights"),
     "vlm": ("VisionLanguageModel",),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
@@ -43,6 +45,7 @@ __all__ = [
     "Outline",
     "TrainGroup",
     "VisionLanguageModel",
+    "Weights",
     "base_directory",
     "begin_adapter",
     "build_model",

@@ -43,14 +43,13 @@ _NOT_COPIED = ("config.json", "generation_config.json", "open_clip_config.json")
 
 
 def write_adapter(
-    model: VisionLanguageModel, state: Mapping[str, Tensor] | None, directory: Path, *, place: Path, style: Style
+    model: VisionLanguageModel, tensors: Mapping[str, Tensor], directory: Path, *, place: Path, style: Style
 ) -> None:
     """Write the adapter of a model into ``directory``, whose ``base/`` is written.
 
-    state: all tensors by their names in memory, where they are not in the model itself. place: where the directory
-    will be, by which peft finds the base. style: how text around images is tokenized.
+    tensors: those of the adapter by their names in memory. place: where the directory will be, by which peft finds the
+    base. style: how text around images is tokenized.
     """
-    tensors = dict(model.named_parameters()) if state is None else state
     module_name = choose_target(model, style).writer.module_name
     stored: dict[str, Tensor] = {}
     for name in filter(is_adapter, dict(model.named_parameters())):

@@ -106,6 +106,14 @@ def unpacked(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield plain_name(f"{name}.weight"), module.weight.cpu()
 
 
+def packed_outline(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Shape and dtype of the same, without storage."""
+    for name, module in model.named_modules():
+        if isinstance(module, FourBitLinear):
+            shape = (module.out_features, module.in_features)
+            yield plain_name(f"{name}.weight"), torch.empty(shape, dtype=module.dtype, device="meta")
+
+
 def _linear_layers(language_model: PreTrainedModel) -> list[tuple[str, nn.Linear]]:
     head = language_model.get_output_embeddings()
     return [

@@ -12,32 +12,29 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from mmit.errors import CheckpointError
-from mmit.models.adapter_names import BASE, has_adapter, plain_name
+from mmit.models.adapter_names import BASE, has_adapter, is_adapter, plain_name
 from mmit.models.encoders import describe_towers
 from mmit.models.formats import Target, choose_target, write_json
+from mmit.models.formats.form import Writer, nothing_more
 from mmit.models.formats.own import OWN
 from mmit.models.formats.parts import INSTRUCTION_TOKENIZER, connector_inside
-from mmit.models.four_bits import unpacked
+from mmit.models.four_bits import packed_outline, unpacked
 from mmit.models.layout import disk_names, hub_form, tensors_of, to_disk
 from mmit.models.loaded import FORMAT, LoadedModel
-from mmit.models.stored import INDEX
+from mmit.models.tensor_file import outlined
+from mmit.models.weight_files import Frozen, WeightFiles, Weights
 
-_FROZEN, _TRAINED = "frozen", "trained"
-
-SHARD_BYTES = 5 * 10**9
-"""Weights beyond this size are split over several files."""
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SENTENCEPIECE = "tokenizer.model"
 """A Llama-type tokenizer in its first form."""
@@ -45,16 +42,9 @@ SENTENCEPIECE = "tokenizer.model"
 PACKAGES = ("torch", "transformers", "open_clip_torch", "timm", "deepspeed", "tokenizers", "safetensors")
 
 
-@dataclass(frozen=True)
-class Frozen:
-    """Weights that stay the same from one writing to the next: linked to the files in ``written``, where that is."""
-
-    written: Path | None
-
-
 def save_model(
     loaded: LoadedModel,
-    state: Mapping[str, Tensor] | None,
+    state: Weights | Mapping[str, Tensor] | None,
     directory: Path | str,
     *,
     made_from: Mapping[str, Any],
@@ -64,10 +54,10 @@ def save_model(
 ) -> None:
     """Write the model into ``directory``, replacing what is there.
 
-    state: all tensors by their names in memory, where they are not in the model itself (ZeRO); tied names may occur
-    twice. made_from: free facts for ``mmit.json`` (run, stage, base models). to: the format; None for the one that
-    ``choose_target`` takes. place: where the directory will stand in the end; None for where it is written. frozen: of
-    a model with an adapter, the weights that do not train go into files of their own. Raises
+    state: all tensors by their names in memory, where they are not in the model itself (ZeRO), or one after the other;
+    tied names may occur twice. made_from: free facts for ``mmit.json`` (run, stage, base models). to: the format; None
+    for the one that ``choose_target`` takes. place: where the directory will stand in the end; None for where it is
+    written. frozen: of a model with an adapter, the weights that do not train go into files of their own. Raises
     CheckpointError where the disk refuses; then nothing has changed.
     """
     directory = Path(directory)
@@ -80,7 +70,8 @@ def save_model(
         content.mkdir(parents=True, exist_ok=True)
         place = place or directory
         target = to or choose_target(loaded.model, loaded.style)
-        stored = _write(loaded, state, content, target, frozen=frozen if adapted else None)
+        weights = state if isinstance(state, Weights) else Weights.of(_own(loaded) if state is None else state)
+        of_adapter, stored = _write(loaded, weights, content, target, frozen=frozen if adapted else None)
         if target.writer.describes:
             own = _own_description(loaded, made_from)
             write_json(content / "mmit.json", own | _layout(target))
@@ -88,7 +79,7 @@ def save_model(
         if adapted:
             from mmit.models.adapter_files import write_adapter
 
-            write_adapter(loaded.model, state, fresh, place=place, style=loaded.style)
+            write_adapter(loaded.model, of_adapter, fresh, place=place, style=loaded.style)
         take_place(fresh, directory)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -99,30 +90,18 @@ def save_model(
 
 def _write(
     loaded: LoadedModel,
-    state: Mapping[str, Tensor] | None,
+    weights: Weights,
     directory: Path,
     target: Target,
     *,
     frozen: Frozen | None,
-) -> dict[str, Tensor]:
-    """Write weights and settings; returns the tensors under their hub names."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Write weights and settings; gives the tensors of the adapter, and what ``more`` of the format is to have."""
     model, writer = loaded.model, target.writer
-    tensors = dict(tensors_of(model))
-    if state is not None:
-        gathered = {plain_name(name): tensor for name, tensor in state.items()}
-        tensors = {name: gathered[name] for name in tensors}
-    tensors |= unpacked(model)
-    dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
-    stored = to_disk(model.vision_tower, {name: t.detach().cpu() for name, t in tensors.items()})
-    named = {on_disk: tensor for name, tensor in stored.items() if (on_disk := writer.disk_name(name)) is not None}
-    if frozen is None:
-        _write_weights({"model": named}, directory, Frozen(None))
-    else:
-        trained = [plain_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        of_trained = {
-            writer.disk_name(name) for some in disk_names(model.vision_tower, trained).values() for name in some
-        }
-        _write_weights(_split(named, of_trained), directory, frozen)
+    given = {plain_name(name): tensor for name, tensor in weights.outline.items()}
+    packed = dict(packed_outline(model))
+    outline = {name: given[name] for name, _ in tensors_of(model)} | packed
+    dtype = next(tensor.dtype for tensor in outline.values() if tensor.is_floating_point())
     write_json(directory / "config.json", writer.config(loaded, dtype))
     for name, content in writer.files(loaded).items():
         write_json(directory / name, content)
@@ -130,48 +109,45 @@ def _write(
     write_json(directory / "generation_config.json", _generation_config(loaded))
     if loaded.instructions is not None and writer.describes:
         loaded.instructions.tokenizer.save_pretrained(directory / INSTRUCTION_TOKENIZER)
-    return stored
+    trained = [plain_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    named = _on_disk(loaded, writer, {name: outlined(tensor) for name, tensor in outline.items()})
+    of_trained = {writer.disk_name(name) for some in disk_names(model.vision_tower, trained).values() for name in some}
+    files = WeightFiles(directory, named, frozen=frozen, trained=of_trained)
+    of_adapter: dict[str, Tensor] = {}
+    kept: dict[str, Tensor] = {}
+    try:
+        for name, tensor in chain(weights.tensors, unpacked(model)):
+            if is_adapter(name):
+                of_adapter[name] = tensor.detach().cpu()
+            elif plain_name(name) in outline:
+                values = {plain_name(name): tensor.detach().cpu()}
+                for on_disk, piece in _on_disk(loaded, writer, values).items():
+                    files.put(on_disk, piece)
+                if writer.more is not nothing_more:
+                    kept |= to_disk(model.vision_tower, values)
+        files.close()
+    finally:
+        files.abandon()
+    return of_adapter, kept
+
+
+def _on_disk(loaded: LoadedModel, writer: Writer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by their names in the format, those left out that it does not have."""
+    stored = to_disk(loaded.model.vision_tower, tensors)
+    return {on_disk: tensor for name, tensor in stored.items() if (on_disk := writer.disk_name(name)) is not None}
+
+
+def _own(loaded: LoadedModel) -> dict[str, Tensor]:
+    """The tensors of the model itself, those of an adapter too."""
+    return dict(tensors_of(loaded.model)) | {
+        name: parameter for name, parameter in loaded.model.named_parameters() if is_adapter(name)
+    }
 
 
 def _layout(target: Target) -> dict[str, Any]:
     """Which format this is, and why transformers has no class for a model that is in mmit's own."""
     refused = {"not_llava_because": "; ".join(target.refused)} if target.refused and target.name == OWN.name else {}
     return {"layout": target.name} | refused
-
-
-def _split(tensors: Mapping[str, Tensor], trained: Collection[str | None]) -> dict[str, dict[str, Tensor]]:
-    return {
-        file: {name: tensor for name, tensor in tensors.items() if (name in trained) == (file == _TRAINED)}
-        for file in (_FROZEN, _TRAINED)
-    }
-
-
-def _write_weights(files: Mapping[str, dict[str, Tensor]], directory: Path, frozen: Frozen) -> None:
-    """Write tensors by the name of their file, each split where it is too large, and an index of more than one."""
-    place: dict[str, str] = {}
-    size = 0
-    for name, tensors in files.items():
-        split = split_torch_state_dict_into_shards(
-            tensors, max_shard_size=SHARD_BYTES, filename_pattern=f"{name}{{suffix}}.safetensors"
-        )
-        for file, names in split.filename_to_tensors.items():
-            if name != _FROZEN or not _linked(frozen, directory / file):
-                save_file({key: tensors[key] for key in names}, directory / file, metadata={"format": "pt"})
-        place |= split.tensor_to_filename
-        size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    if len(set(place.values())) > 1 or _FROZEN in files:
-        write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": place})
-
-
-def _linked(frozen: Frozen, file: Path) -> bool:
-    """Let ``file`` be one more name of the file that was written before; False where there is none, or no links."""
-    try:
-        if frozen.written is None:
-            return False
-        os.link(frozen.written / file.name, file)
-    except OSError:
-        return False
-    return True
 
 
 def _write_tokenizer(loaded: LoadedModel, directory: Path, *, processor_class: str) -> None:

@@ -151,8 +151,11 @@ class _Watch:
         self._deadline = self._deadline or time.monotonic() + GRACE_SECONDS
 
     def _look(self) -> None:
-        failed = (n for n, child in enumerate(self._children) if child.poll() not in (None, 0, EXIT_INTERRUPTED))
-        if self.first_to_fail is None and (number := next(failed, None)) is not None:
+        codes = {number: child.poll() for number, child in enumerate(self._children)}
+        failed = [number for number, code in codes.items() if code not in (None, 0, EXIT_INTERRUPTED)]
+        # one that was killed comes first: the others fail because of it
+        failed.sort(key=lambda number: (codes[number] or 0) > 0)
+        if self.first_to_fail is None and (number := next(iter(failed), None)) is not None:
             self.first_to_fail = number
             self._deadline = self._deadline or time.monotonic() + AFTER_A_DEATH_SECONDS
         if self._deadline is not None and time.monotonic() > self._deadline:

@@ -18,8 +18,16 @@ from transformers.utils.logging import disable_progress_bar
 from mmit.config import RunConfig, Stage
 from mmit.config_file import resolved_yaml
 from mmit.data.atomic import write_whole
-from mmit.distributed import is_launched, logger, rank, ranks_that_differ, set_up_logging, world_size
-from mmit.errors import ConfigError, Interrupted, TrainingError
+from mmit.distributed import (
+    is_launched,
+    is_lost_connection,
+    logger,
+    rank,
+    ranks_that_differ,
+    set_up_logging,
+    world_size,
+)
+from mmit.errors import ConfigError, Interrupted, OtherRankFailed, TrainingError
 from mmit.train.launch import end_with_launcher, is_complete
 from mmit.train.settings import deciding_settings
 from mmit.train.stage_folder import open_folder
@@ -58,6 +66,11 @@ def train_stage(config: RunConfig, name: str, *, fresh: bool = False) -> Path:
     init_process_group()
     try:
         return _train(config, name, stop=stop, fresh=fresh)
+    except RuntimeError as error:
+        if not is_lost_connection(error):
+            raise
+        logger.error("rank %d has lost another rank, which was killed or whose machine is gone", rank())
+        raise OtherRankFailed("a rank was lost") from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise

@@ -104,16 +104,22 @@ def start_and_wait_for_step(folder: Path, step: int, *words: str) -> "subprocess
     started = subprocess.Popen(
         command(*words), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
+    wait_for_step(folder, step, started)
+    return started
+
+
+def wait_for_step(folder: Path, step: int, started: "subprocess.Popen[str]") -> None:
+    """Come back as soon as the log of ``folder`` holds ``step``."""
     deadline = time.monotonic() + 180
     while started.poll() is None and time.monotonic() < deadline:
         if any(line["step"] >= step for line in metrics(folder)[-1:]):
-            return started
+            return
         time.sleep(0.005)
-    output = started.communicate()[0] if started.poll() is not None else "(still running)"
+    output = (started.communicate()[0] or "") if started.poll() is not None else "(still running)"
     raise AssertionError(f"step {step} was not seen: {output[-2000:]}")
 
 
-def rank_processes(started: "subprocess.Popen[str]") -> list[psutil.Process]:
+def rank_processes(started: "subprocess.Popen[str] | subprocess.Popen[bytes]") -> list[psutil.Process]:
     """The rank processes of a launch, by rank."""
     found = [child for child in psutil.Process(started.pid).children() if "mmit" in " ".join(child.cmdline())]
     return sorted(found, key=lambda process: int(process.environ()["RANK"]))

@@ -4,13 +4,19 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
-from runs import environment, make_run, metrics, mmit
+from hosts import NoNamespaces, two_hosts
+from runs import environment, make_run, metrics, mmit, wait_for_step
 
 pytestmark = pytest.mark.slow
+
+PLAN = ("stages.align.epochs=400", "stages.align.optim.schedule=constant", "stages.align.optim.warmup_fraction=0")
+"""A long plan, whose first steps are the same whether it ends early or not."""
 
 SRUN = """#!/bin/bash
 # two tasks at once, as SLURM starts them; the exit code is the highest
@@ -36,11 +42,11 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_slurms_script_trains_every_stage_and_torchrun_trains_one(run_file: Path, tmp_path: Path) -> None:
     script = tmp_path / "job.sh"
-    few = ("stages.align.max_steps=2", "stages.instruct.max_steps=1")
+    few = (*PLAN, "stages.align.max_steps=2", "stages.instruct.max_steps=1")
     both = yaml.safe_load(run_file.read_text())
     run_file.write_text(yaml.safe_dump(both | {"stages": {"align": both["stages"]["align"]}}))
     options = ("--nodes", "1", "--ranks-per-node", "2", "--cpus-per-rank", "1", "--cpu", "--option=--partition=tiny")
-    written = mmit("launch", str(run_file), few[0], "--slurm", str(script), *options)
+    written = mmit("launch", str(run_file), *few[:-1], "--slurm", str(script), *options)
     assert written.returncode == 0, written.stderr
     text = script.read_text()
     assert "#SBATCH --partition=tiny" in text
@@ -71,3 +77,41 @@ def test_slurms_script_trains_every_stage_and_torchrun_trains_one(run_file: Path
     )
     assert done.returncode == 0, done.stderr
     assert [line["step"] for line in metrics(tmp_path / "again" / "instruct")] == [1]
+
+
+def test_torchrun_trains_on_two_hosts_and_when_the_cable_is_pulled_each_ends_and_names_the_other(
+    run_file: Path, tmp_path: Path
+) -> None:
+    """The losses are those of two ranks on one host, which SLURM's script has trained."""
+    rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "host-a:29500", "--nnodes", "2", "--nproc_per_node", "1"]
+    words = [str(Path(sys.executable).parent / "torchrun"), *rendezvous, "-m", "mmit", "train", str(run_file), *PLAN]
+    words += ["--stage", "align", f"output={tmp_path / 'run'}", "launch.stall_seconds=5"]
+    folder = tmp_path / "run" / "align"
+    logs = [tmp_path / "host-a.log", tmp_path / "host-b.log"]
+    named = ["rank 1 on host-b has not been heard", "rank 0 on host-a has not been heard"]
+
+    def said() -> list[bool]:
+        return [sentence in log.read_text() for log, sentence in zip(logs, named, strict=True)]
+
+    agents: list[subprocess.Popen[str]] = []
+    try:
+        with two_hosts(tmp_path) as hosts:
+            agents += [host.start(words, environment(), log) for host, log in zip(hosts, logs, strict=True)]
+            wait_for_step(folder, 3, agents[0])
+            hosts[1].cut()
+            before = time.monotonic()
+            while not all(said()) and time.monotonic() < before + 30:
+                time.sleep(0.1)
+    except NoNamespaces as reason:
+        pytest.skip(f"two hosts need network namespaces, which this machine does not give: {reason}")
+    finally:
+        for agent in agents:  # torchrun's own agents wait for each other a minute longer
+            for process in psutil.Process(agent.pid).children(recursive=True):
+                process.kill()
+            agent.kill()
+            agent.wait()
+    assert said() == [True, True], [log.read_text()[-2000:] for log in logs]
+    here, there = (metrics(path)[:2] for path in (run_file.parent / "run" / "align", folder))
+    told = ("step", "loss", "lr", "grad_norm", "samples_digest", "tokens")
+    assert [[line[key] for key in told] for line in there] == [[line[key] for key in told] for line in here]
+    assert [line["step"] for line in here] == [1, 2]

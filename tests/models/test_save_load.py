@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from mmit.config import ComposedModel
 from mmit.errors import CheckpointError, MmitError
-from mmit.models import LoadedModel, build_model, load_model, load_weights, save_model
+from mmit.models import LoadedModel, build_model, load_model, load_weights, save_model, tensor_file, weight_files
 from mmit.models import save as save_module
 from mmit.models.encoders import TransformersTower
 from mmit.models.hub_files import text_config
@@ -171,7 +171,7 @@ def test_scaled_rotary_embeddings_survive_in_both_spellings() -> None:
 def test_weights_beyond_the_limit_are_split_over_files(
     build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(save_module, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(weight_files, "SHARD_BYTES", 100_000)
     loaded = build()
     directory = saved(loaded, tmp_path / "model")
     index = read(directory, "model.safetensors.index.json")
@@ -194,7 +194,7 @@ def test_a_full_disk_leaves_the_old_directory_and_nothing_else(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(save_module, "save_file", full)
+    monkeypatch.setattr(tensor_file.os, "fsync", full)
     with pytest.raises(CheckpointError, match=r"cannot write the model to .*: No space left on device"):
         save_model(loaded, None, directory, made_from={"run": "second"})
     assert (directory / "mmit.json").read_bytes() == before
