@@ -27,7 +27,7 @@ from mmit.train.metrics import Recorder
 from mmit.train.optim import LearningRate
 from mmit.train.records import StepRecord
 from mmit.train.spikes import Part
-from mmit.train.watchdog import COMPUTING, READING, SAVING, WAITING, Watchdog
+from mmit.train.watchdog import COMPUTING, EVALUATING, READING, WAITING, Watchdog
 
 if TYPE_CHECKING:
     from mmit.data import Loader, StepBatches
@@ -112,7 +112,7 @@ def train_steps(
                     update_ratio=done.ratios,
                 )
             )
-        watchdog.mark(SAVING, step=step.step + 1)
+        watchdog.mark(EVALUATING, step=step.step + 1)
         after_step(step.step + 1, counts)
     skipped.announce()
     return True

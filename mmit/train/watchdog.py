@@ -166,7 +166,8 @@ class _Post:
         """Leave the own beat and give the last known ones of the ranks that this rank judges."""
         if self._store is None:
             self._hear(0, beat)
-            return self._beats
+            return dict(self._beats)
+        self._hear(rank(), beat)  # this one is alive, whether the store can be reached or not
         answered = threading.Event()
         threading.Thread(target=self._talk, args=(self._store, beat, answered), daemon=True).start()
         answered.wait(BEAT_SECONDS)  # a store whose process is stopped never answers: its rank is then silent

@@ -1,8 +1,11 @@
 """Who is named when a rank stalls."""
 
 from dataclasses import replace
+from datetime import timedelta
 
-from mmit.train.watchdog import COMPUTING, READING, SAVING, WAITING, Beat, Watchdog, verdict
+from torch.distributed import TCPStore
+
+from mmit.train.watchdog import COMPUTING, READING, SAVING, WAITING, Beat, Watchdog, _Post, verdict
 
 FINE = Beat(number=9, host="a", step=7, phase=WAITING, seconds=40.0, limit=25.0)
 READS = Beat(number=9, host="b", step=7, phase=READING, seconds=41.0, limit=25.0, samples="s.tar: k7, for 40 s")
@@ -42,6 +45,16 @@ def test_saving_may_take_long_and_nothing_is_judged_before_the_second_step() -> 
     assert verdict({0: FINE, 1: saves}, {0: 1.0, 1: 99.0}, limit=25.0) is None  # a large file is being written
     starts = replace(READS, limit=0.0)
     assert verdict({0: starts, 1: starts}, {0: 99.0, 1: 99.0}, limit=25.0) is None
+
+
+def test_a_rank_that_cannot_reach_the_others_does_not_name_itself() -> None:
+    """The store that all beats lie in stands on another machine, which is gone."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    client = TCPStore("127.0.0.1", store.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=1))
+    post = _Post(client, [0])
+    del store
+    assert post.exchange(FINE) == {0: FINE}
+    assert post.silent()[0] < 1.5
 
 
 def test_a_phase_that_has_always_been_long_gets_ten_times_its_longest() -> None:
