@@ -92,6 +92,9 @@ class Save(Section):
     """Complete checkpoints that are kept; older ones are removed."""
     keep_best: bool = False
     """Also save where the held-out loss (``evaluate``) is lower than ever before, and keep that checkpoint."""
+    background: bool | Literal["auto"] = "auto"
+    """Copy weights and moments in the step, and write the copy while the next steps run. ``auto``: where the hosts have
+    twice the memory free that the copies take; else all is written in the step."""
 
 
 class Lora(Section):

@@ -7,10 +7,10 @@ written.
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from mmit.models.encoders import ImageInput, VisionEncoder
 from mmit.models.layout import tensors_of
 
 _PREFIX = "vision_tower."
+M = TypeVar("M", bound=nn.Module)
 
 
 class AbsentTower(nn.Module):
@@ -64,13 +65,13 @@ def put_aside(tower: nn.Module, file: Path) -> None:
         raise CheckpointError(f"{file}: cannot be written: {error.strerror or error}") from None
 
 
-@contextmanager
-def present(model: nn.Module, file: Path) -> Generator[dict[str, Tensor]]:
-    """While in force, the frame stands in ``model``; gives the tower's tensors by their names there, read when used."""
+def made_whole(model: M, file: Path) -> tuple[M, dict[str, Tensor]]:
+    """The model with the frame in its place, and the tower's tensors by their names there, read when used.
+
+    ``model`` itself stays as it is, and may be training meanwhile: the other modules are shared.
+    """
     absent = model.get_submodule("vision_tower")
     assert isinstance(absent, AbsentTower), "only an absent tower is put back"
-    model.__setattr__("vision_tower", absent.frame)
-    try:
-        yield load_file(file)
-    finally:
-        model.__setattr__("vision_tower", absent)
+    whole = copy.copy(model)
+    whole.__dict__["_modules"] = {**model._modules, "vision_tower": absent.frame}
+    return whole, load_file(file)

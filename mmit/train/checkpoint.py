@@ -1,4 +1,4 @@
-"""Checkpoints of a running stage: written aside, marked last, found again, the old ones removed.
+"""Checkpoints of a running stage: what they hold, and how they are found again and continued (see saving.py).
 
     <stage>/checkpoints/step-000040/
         model/       the model directory, as at the end of a stage
@@ -21,7 +21,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -61,15 +61,16 @@ class RunState:
 
 def newest(folder: Path) -> Path | None:
     """The complete checkpoint with the highest step below ``folder``, or None."""
-    return max(complete(folder), key=_step_of, default=None)
+    return max(complete(folder), key=step_of, default=None)
 
 
 def complete(folder: Path) -> list[Path]:
     """The complete checkpoints below ``folder``, the oldest first."""
-    return sorted((path.parent for path in folder.glob(f"step-*/{MARKER}")), key=_step_of)
+    return sorted((path.parent for path in folder.glob(f"step-*/{MARKER}")), key=step_of)
 
 
-def _step_of(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
+    """The step that the name of a checkpoint tells, -1 where it tells none."""
     number = checkpoint.name.removeprefix("step-")
     return int(number) if number.isdecimal() else -1
 
@@ -88,7 +89,7 @@ def read_state(checkpoint: Path, *, steps: int) -> RunState:
         raise CheckpointError(f"{checkpoint}: unreadable ({' '.join(str(error).split())})") from None
     if wrong:
         raise CheckpointError(f"{checkpoint}: {wrong[0]} is not as it was written")
-    if state.step != _step_of(checkpoint) or state.step > steps:
+    if state.step != step_of(checkpoint) or state.step > steps:
         raise CheckpointError(f"{checkpoint}: says step {state.step} of {steps}")
     return state
 
@@ -97,10 +98,11 @@ def _is_as_written(path: Path, said: int | list[int]) -> bool:
     if isinstance(said, int):  # version 1 kept sizes only
         return path.is_file() and path.stat().st_size == said
     size, crc = said
-    return path.is_file() and path.stat().st_size == size and _crc(path) == crc
+    return path.is_file() and path.stat().st_size == size and crc_of(path) == crc
 
 
-def _crc(path: Path) -> int:
+def crc_of(path: Path) -> int:
+    """CRC-32 of a file."""
     crc = 0
     with path.open("rb") as file:
         while block := file.read(1 << 22):
@@ -128,48 +130,6 @@ def check_continues(found: RunState, wanted: RunState, checkpoint: Path, config:
             raise CheckpointError(f"{checkpoint}: cannot be continued: {change}; {remedy}")
 
 
-def save(
-    folder: Path,
-    engine: Engine,
-    state: RunState,
-    *,
-    write_model: Callable[[Path, Path], None],
-    keep_last: int,
-    best: int | None = None,
-) -> Path:
-    """Write a checkpoint of all ranks and remove the oldest ones beyond ``keep_last``, not that of step ``best``.
-
-    Collective.
-
-    write_model: called on every rank with the directory to write and the one it will be; writes on rank 0.
-    Raises CheckpointError where a rank could not write; what was complete before stays.
-    """
-    final = folder / f"step-{state.step:06d}"
-    partial = folder / f".step-{state.step:06d}.partial"
-
-    def write() -> None:
-        write_model(partial / "model", final / "model")
-        engine_state.save(engine, partial / "engine")
-        if rank() == 0:
-            (partial / "state.json").write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
-
-    try:
-        collectively(lambda: _make_empty(partial), what=partial)
-        collectively(write, what=partial)
-        collectively(lambda: _publish(partial, final), what=final)
-    except CheckpointError as error:
-        if rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        before = newest(folder)
-        kept = f"{before} is still complete" if before else "there is no earlier checkpoint"
-        raise CheckpointError(
-            f"the checkpoint was not written: {error}; {kept}; mend this and run the same command"
-        ) from None
-    if rank() == 0:
-        _remove_old(folder, keep_last, best)
-    return final
-
-
 def collectively(action: Callable[[], T], *, what: Path) -> T:
     """Run ``action`` on every rank and give what it gives; where it failed on any rank, raise on all of them.
 
@@ -184,45 +144,12 @@ def collectively(action: Callable[[], T], *, what: Path) -> T:
     except OSError as error:
         reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)
         failure = CheckpointError(f"{what}: {reason}")
-    except RuntimeError as error:
-        # torch.save reports a failed write as RuntimeError, without its errno
-        if "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
-            raise
-        failure = CheckpointError(f"{what}: a file could not be written whole, as on a full disk")
     failed = all_reduce_sum(torch.tensor([int(failure is not None)], device=device()))
     if failure is not None:
         raise failure
     if int(failed):
         raise OtherRankFailed(f"{what}: another rank failed, see its message")
     return cast("T", result)
-
-
-def _make_empty(partial: Path) -> None:
-    if rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-
-
-def _publish(partial: Path, final: Path) -> None:
-    if rank() != 0:
-        return
-    files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
-    written = {str(path.relative_to(partial)): [path.stat().st_size, _crc(path)] for path in files}
-    (partial / FILES).write_text(json.dumps(written, indent=1), encoding="utf-8")
-    with (partial / MARKER).open("w", encoding="utf-8") as marker:
-        marker.write("all files of this checkpoint are written\n")
-        marker.flush()
-        os.fsync(marker.fileno())
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(partial, final)
-
-
-def _remove_old(folder: Path, keep_last: int, best: int | None) -> None:
-    for path in (old for old in complete(folder)[:-keep_last] if _step_of(old) != best):
-        (path / MARKER).unlink()  # first, so that a half-removed folder is not taken for a checkpoint
-        shutil.rmtree(path)
-    for path in folder.glob(".step-*.partial"):
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def resume(folder: Path, engine: Engine, wanted: RunState, *, steps: int, config: RunConfig) -> RunState:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import resource
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -154,15 +154,17 @@ class Engine:
             for one in still:
                 del one.step
 
-    def full_state(self) -> dict[str, Tensor]:
-        """All weights on rank 0, an empty dict elsewhere; under ZeRO-3 a collective call that gathers one at a time."""
-        is_first = torch.distributed.get_rank() == 0
-        if self.zero_stage < 3:
-            return dict(self.module.state_dict()) if is_first else {}
-        kept = self.module.state_dict().keys()  # buffers that are not persistent belong to no checkpoint
-        state = {name: buffer for name, buffer in self.module.named_buffers() if is_first and name in kept}
-        for name, parameter in self.module.named_parameters(remove_duplicate=False):
-            with deepspeed.zero.GatheredParameters([parameter]):
-                if is_first:
-                    state[name] = parameter.detach().to("cpu", copy=True)
-        return state
+    def outline(self) -> dict[str, Tensor]:
+        """Shape and dtype of every weight by its name, without storage; whole shapes under ZeRO-3 too."""
+        stored = self.module.state_dict(keep_vars=True)
+        return {
+            name: torch.empty(getattr(tensor, "ds_shape", tensor.shape), dtype=tensor.dtype, device="meta")
+            for name, tensor in stored.items()
+        }
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight by its name, one after the other; under ZeRO-3 each is whole for its turn only, collectively."""
+        for name, tensor in self.module.state_dict(keep_vars=True).items():
+            gathered = deepspeed.zero.GatheredParameters([tensor]) if hasattr(tensor, "ds_id") else nullcontext()
+            with gathered:
+                yield name, tensor.detach()

@@ -15,18 +15,31 @@ What is not trained is not stored: it comes from where the stage began. Persiste
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmit.distributed import rank, world_size
 from mmit.errors import CheckpointError
-from mmit.train.pieces import MOMENTS, WEIGHT, finish, is_partitioned, numel, optimizer_steps, pieces, prepare, trained
+from mmit.models.tensor_file import TensorFile, write_tensors
+from mmit.train.pieces import (
+    MOMENTS,
+    WEIGHT,
+    Piece,
+    finish,
+    is_partitioned,
+    numel,
+    optimizer_steps,
+    pieces,
+    prepare,
+    trained,
+)
 
 if TYPE_CHECKING:
     from mmit.train.engine import Engine
@@ -35,28 +48,79 @@ BUFFERS = "buffers.safetensors"
 DESCRIPTION = "state.json"
 
 
-def save(engine: Engine, folder: Path) -> None:
-    """Write this rank's part of the state into ``folder``; every rank calls it."""
-    folder.mkdir(parents=True, exist_ok=True)
+@dataclass(frozen=True, kw_only=True)
+class EngineState:
+    """What one rank writes. places: name, start and length of its pieces; values: key, offset and values of each.
+
+    buffers, description: of rank 0 only.
+    """
+
+    places: Sequence[tuple[str, int, int]]
+    keys: Sequence[str]
+    values: Iterable[tuple[str, int, Tensor]]
+    buffers: Mapping[str, Tensor]
+    description: Mapping[str, Any]
+
+    def write(self, folder: Path) -> list[str]:
+        """Write this rank's part into ``folder``; gives the names of its files. Raises OSError."""
+        folder.mkdir(parents=True, exist_ok=True)
+        name = _file(rank())
+        outline = {key: torch.empty(sum(size for *_, size in self.places), device="meta") for key in self.keys}
+        file = TensorFile(folder / name, outline, metadata={"pieces": json.dumps(self.places)})
+        try:
+            for key, offset, values in self.values:
+                file.put(key, values, start=offset)
+            file.close()
+        finally:
+            file.abandon()
+        if rank() != 0:
+            return [name]
+        write_tensors(folder / BUFFERS, self.buffers, metadata={})
+        (folder / DESCRIPTION).write_text(json.dumps(self.description), encoding="utf-8")
+        return [name, BUFFERS, DESCRIPTION]
+
+
+def take(engine: Engine, *, copies: bool) -> EngineState:
+    """This rank's part of the state: a copy of it as it is now, or what is read when it is written."""
     model, steps = engine.module, optimizer_steps(engine)
-    values = {key: [torch.empty(0)] for key in ((WEIGHT, *MOMENTS) if steps else (WEIGHT,))}
-    where: list[tuple[str, int, int]] = []
-    for piece in pieces(engine) if rank() == 0 or is_partitioned(engine) else ():
-        where.append((piece.name, piece.start, piece.length))
-        for key, read in values.items():
-            read.append(piece.read(key).detach().cpu())
-    tensors = {key: torch.cat(read) for key, read in values.items()}
-    save_file(tensors, folder / _file(rank()), metadata={"pieces": json.dumps(where)})
-    if rank() != 0:
-        return
-    kept = model.state_dict(keep_vars=True).keys()
-    buffers = {name: buffer.detach().cpu().clone() for name, buffer in model.named_buffers() if name in kept}
-    save_file(buffers, folder / BUFFERS)
-    sizes = {name: numel(parameter) for name, parameter in trained(model)}
-    description = {"steps": steps, "parameters": sizes, "files": world_size()}
-    if engine.loss_scale is not None:
-        description["loss_scale"] = engine.loss_scale.state()
-    (folder / DESCRIPTION).write_text(json.dumps(description), encoding="utf-8")
+    places = _places(engine)
+    keys = (WEIGHT, *MOMENTS) if steps else (WEIGHT,)
+    values = _values(engine, keys)
+    kept = model.state_dict(keep_vars=True).keys() if rank() == 0 else ()
+    return EngineState(
+        places=places,
+        keys=keys,
+        values=[(key, at, value.to("cpu", copy=True)) for key, at, value in values] if copies else values,
+        buffers={name: buffer.detach().cpu().clone() for name, buffer in model.named_buffers() if name in kept},
+        description={
+            "steps": steps,
+            "parameters": {name: numel(parameter) for name, parameter in trained(model)},
+            "files": world_size(),
+            **({} if engine.loss_scale is None else {"loss_scale": engine.loss_scale.state()}),
+        },
+    )
+
+
+def copied_bytes(engine: Engine) -> int:
+    """Memory that a copy takes in this process."""
+    return sum(length for *_, length in _places(engine)) * 4 * (1 + len(MOMENTS))
+
+
+def _held(engine: Engine) -> Iterator[Piece]:
+    """What this rank writes: one of several that hold everything leaves it to rank 0."""
+    return pieces(engine) if rank() == 0 or is_partitioned(engine) else iter(())
+
+
+def _places(engine: Engine) -> list[tuple[str, int, int]]:
+    return [(piece.name, piece.start, piece.length) for piece in _held(engine)]
+
+
+def _values(engine: Engine, keys: Sequence[str]) -> Iterator[tuple[str, int, Tensor]]:
+    offset = 0
+    for piece in _held(engine):
+        for key in keys:
+            yield key, offset, piece.read(key).detach()
+        offset += piece.length
 
 
 def load(engine: Engine, folder: Path) -> None:

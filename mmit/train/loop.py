@@ -42,6 +42,10 @@ class StopRequest:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note)
 
+    def ask(self) -> None:
+        """Stop after this step, as a signal would."""
+        self.asked = True
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame
         if not self.asked and rank() == 0:

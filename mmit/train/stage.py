@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.utils.logging import disable_progress_bar
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from mmit.train.features import StageFeatures
     from mmit.train.feed import Feed
     from mmit.train.loop import StopRequest
+    from mmit.train.saving import Saver
     from mmit.train.work import Work
 
 
@@ -205,7 +206,6 @@ def _run(ready: _Ready, *, stop: StopRequest) -> Path:
     from mmit.train.insight import make_insight, open_recorder
     from mmit.train.loop import train_steps
     from mmit.train.measuring import Measuring
-    from mmit.train.model_writer import model_writer
     from mmit.train.optim import LearningRate
     from mmit.train.run_files import write_facts
     from mmit.train.skipped import SkippedRecord
@@ -217,22 +217,15 @@ def _run(ready: _Ready, *, stop: StopRequest) -> Path:
     if rank() == 0:
         write_facts(folder, made_from, ready.feed.plan)
     skipped = SkippedRecord(folder, ready.feed.plan, state, max_skipped=stage.data.max_skipped)
-    saved = folder / "checkpoints"
-    write_model = model_writer(ready.engine, ready.loaded, lambda: made_from | skipped.facts(), ready.features, saved)
+    saver = _saver_of(ready, lambda: made_from | skipped.facts(), stop)
     check = FirstStepCheck(ready.engine.module, seldom=ready.loaded.model.by_row)
     insight = make_insight(ready.config, ready.name, ready.engine, state, ready.work)
     done, first = state.step, state.step + 1
 
-    def save() -> None:
+    def save(*, in_step: bool) -> None:
         watchdog.mark(SAVING, step=done)
-        checkpoint.save(
-            folder / "checkpoints",
-            ready.engine,
-            replace(state, step=done, skipped=dict(skipped.totals), spikes=insight.spikes.state),
-            write_model=write_model,
-            keep_last=stage.save.keep_last,
-            best=measuring.best if stage.save.keep_best else None,
-        )
+        now = replace(state, step=done, skipped=dict(skipped.totals), spikes=insight.spikes.state)
+        saver.save(now, in_step=in_step, best=measuring.best if stage.save.keep_best else None)
 
     def after_step(step: int, counts: Counts) -> None:
         nonlocal done
@@ -242,7 +235,7 @@ def _run(ready: _Ready, *, stop: StopRequest) -> Path:
         measuring.after(step, watchdog, last=step == steps)
         is_best = stage.save.keep_best and measuring.best == step
         if (is_best or step % stage.save.every_steps == 0) and step < steps:
-            save()
+            save(in_step=False)
 
     loader = ready.feed.loader(start_step=state.step)
     recorder = open_recorder(ready.config, ready.name, ready.engine, ready.work, steps=steps, resume_step=state.step)
@@ -264,20 +257,29 @@ def _run(ready: _Ready, *, stop: StopRequest) -> Path:
         )
         if not finished:
             if done > state.step:
-                save()
+                save(in_step=True)
             raise Interrupted(f"stage {ready.name}: saved at step {done} of {steps}; the same command continues it")
         watchdog.mark(SAVING, step=done)
-        return _finish(folder, write_model, ready.features)
+        return _finish(folder, saver, ready.features)
     finally:
+        saver.close()
         watchdog.close()
         if recorder is not None:
             recorder.close()
 
 
-def _finish(folder: Path, write_model: Callable[[Path, Path], None], features: StageFeatures | None) -> Path:
-    from mmit.train import checkpoint
+def _saver_of(ready: _Ready, made_from: Callable[[], dict[str, Any]], stop: StopRequest) -> Saver:
+    from mmit.train.model_writer import ModelWriter
+    from mmit.train.saving import make_saver
 
-    checkpoint.collectively(lambda: write_model(folder / "model", folder / "model"), what=folder / "model")
+    folder = ready.folder / "checkpoints"
+    model = ModelWriter(ready.engine, ready.loaded, made_from, ready.features, folder)
+    return make_saver(folder, ready.engine, model, ready.stage.save, on_failure=stop.ask)
+
+
+def _finish(folder: Path, saver: Saver, features: StageFeatures | None) -> Path:
+    saver.finish()
+    saver.write_model(folder / "model")
     if features is not None and rank() == 0:
         features.file.unlink(missing_ok=True)
     logger.info("saved %s", folder / "model")

@@ -26,6 +26,8 @@ from mmit.train.engine import device
 from mmit.train.launch import note_error
 
 BEAT_SECONDS = 1.0
+QUIET_SECONDS = 3 * BEAT_SECONDS
+"""After such a silence of another rank, ranks that compute are not blamed before that one is."""
 SLOWER = 10.0
 """A phase may take so many times the longest of its kind so far before it counts as a stall."""
 
@@ -65,7 +67,9 @@ def verdict(beats: Mapping[int, Beat], silent: Mapping[int, float], *, limit: fl
             )
     stalled = {number: beat for number, beat in sorted(beats.items()) if beat.limit and beat.seconds > beat.limit}
     # A rank that reads keeps the others waiting; of ranks that compute, one may wait for another in the backward pass.
-    for phase in (READING, COMPUTING):
+    # And all of them wait for one that is gone, which is known for certain when it has been silent for long enough.
+    quiet = any(silent[number] > QUIET_SECONDS for number, beat in beats.items() if beat.phase != SAVING)
+    for phase in (READING,) if quiet else (READING, COMPUTING):
         found = [
             f"rank {number} on {beat.host} has stalled: {phase} step {beat.step} for {beat.seconds:.0f} s{_at(beat)}"
             for number, beat in stalled.items()

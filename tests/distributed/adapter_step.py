@@ -62,7 +62,7 @@ def step(engine: Engine, loaded: LoadedModel) -> dict[str, torch.Tensor]:
     for batch in batches:
         engine.micro_step(batch, trained_tokens=trained)
         engine.close_micro_step(factor=1.0)
-    return {name: value.clone() for name, value in engine.full_state().items()}
+    return {name: value.clone() for name, value in engine.weights()}
 
 
 def off(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
@@ -81,7 +81,7 @@ def cases(config: Any, folder: Path) -> dict[str, Any]:
         got = step(engine, loaded)
         check.verify(had_images=True)
         path = folder / case.replace(" ", "-")
-        engine_state.save(engine, path / "state")
+        engine_state.take(engine, copies=False).write(path / "state")
         if rank() == 0:
             save_model(loaded, got, path / "model", made_from={})
         torch.distributed.barrier()
@@ -116,4 +116,5 @@ def merged_while_partitioned(config: Any, directory: Path, zero: Zero) -> dict[s
     load_weights(loaded.model, directory, adapter="drop")
     begin_adapter(loaded.model, None, directory, seed=0)
     groups = parameter_groups(loaded.model, loaded.model.train_only({"connector": 1e-3}), weight_decay=0.0)
-    return Engine(loaded.model, adamw(groups, betas=(0.9, 0.999), eps=EPS), settings, dtype=torch.float32).full_state()
+    engine = Engine(loaded.model, adamw(groups, betas=(0.9, 0.999), eps=EPS), settings, dtype=torch.float32)
+    return {name: value.clone() for name, value in engine.weights()}

@@ -189,7 +189,9 @@ def try_way(config: Any, way: Way, expected: Course, before: Path, after: Path) 
     """Two steps from the start, saved to ``after``; a third on the state in ``before``, or in ``after``."""
     started = Run(config, way)
     made = [started.step() for _ in range(STEPS - 1)]
-    engine_state.save(started.engine, after)
+    taken = engine_state.take(started.engine, copies=True)
+    started.step()  # a copy stays what it was
+    taken.write(after)
     torch.distributed.barrier()
     del started
     going_on = Run(config, way)
@@ -197,7 +199,7 @@ def try_way(config: Any, way: Way, expected: Course, before: Path, after: Path) 
     engine_state.load(going_on.engine, source)
     steps = optimizer_steps(going_on.engine)
     made.append(going_on.step())
-    weights = going_on.engine.full_state()
+    weights = {name: value.clone() for name, value in going_on.engine.weights()}
     off = [float((weights[name].float() - value).abs().max()) for name, value in expected.weights.items() if weights]
     return {
         "loss": max(abs(loss - wanted) for (loss, _), wanted in zip(made, expected.losses, strict=True)),
@@ -222,7 +224,7 @@ def overflowing(config: Any, folder: Path) -> dict[str, Any]:
 
     make(whole, 5, "whole")
     make(first, 2, "in two")
-    engine_state.save(first.engine, folder)
+    engine_state.take(first.engine, copies=False).write(folder)
     torch.distributed.barrier()
     second = Run(config, way)
     engine_state.load(second.engine, folder)

@@ -117,7 +117,8 @@ def engine_step(
     assert loaded.model.training
     assert passes == [True] * len(passes)
     assert len(passes) == (2 * len(batches) if checkpointing else 0), "a layer passes again in the backward pass"
-    return engine.full_state(), float(all_reduce_sum(loss)) / trained, norm
+    state = {name: value.clone() for name, value in engine.weights()}
+    return state, float(all_reduce_sum(loss)) / trained, norm
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from mmit.config import RunConfig, load_config
 from mmit.data.features import FeatureStore, open_folder
 from mmit.errors import ConfigError, DataError
 from mmit.models import build_model, load_model, save_model
-from mmit.models.absent import AbsentTower, present
+from mmit.models.absent import AbsentTower, made_whole
 from mmit.models.tower import parts_of, read_tower_alone
 from mmit.train.feature_cache import cache_features
 from mmit.train.features import StageFeatures, look_at, maker_of, stage_features
@@ -112,8 +112,9 @@ def test_a_run_without_a_tower_writes_the_whole_model(run_file: Path, tmp_path: 
     features = features_of(config, stop)
     bare = build_model(config.model, dtype=torch.float32, seed=0, tower=features.tower)
     whole = build_model(config.model, dtype=torch.float32, seed=0)
-    with present(bare.model, features.file) as weights:
-        save_model(bare, {**bare.model.state_dict(), **weights}, tmp_path / "bare", made_from={})
+    model, weights = made_whole(bare.model, features.file)
+    written = replace(bare, model=model)
+    save_model(written, {**bare.model.state_dict(), **weights}, tmp_path / "bare", made_from={})
     save_model(whole, None, tmp_path / "whole", made_from={})
     for file in sorted((tmp_path / "whole").iterdir()):
         assert (tmp_path / "bare" / file.name).read_bytes() == file.read_bytes(), file.name

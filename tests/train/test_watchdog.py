@@ -39,6 +39,14 @@ def test_a_silent_rank_is_named() -> None:
     assert sentence.startswith("rank 1 on a has not been heard for 26 s")
 
 
+def test_ranks_that_compute_are_not_blamed_while_another_one_is_silent() -> None:
+    computes = replace(READS, phase=COMPUTING)
+    beats = {0: computes, 1: FINE}
+    assert verdict(beats, {0: 1.0, 1: 6.0}, limit=25.0) is None
+    assert (verdict(beats, {0: 1.0, 1: 26.0}, limit=25.0) or "").startswith("rank 1 on a has not been heard")
+    assert (verdict(beats, HEARD, limit=25.0) or "").startswith("rank 0 on b has stalled: computing")
+
+
 def test_saving_may_take_long_and_nothing_is_judged_before_the_second_step() -> None:
     assert verdict({0: FINE, 1: replace(READS, phase=SAVING)}, HEARD, limit=25.0) is None
     saves = replace(READS, phase=SAVING)
