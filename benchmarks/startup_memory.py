@@ -28,16 +28,16 @@ def main() -> None:
     """Make the parts, measure each way in fresh processes, print a line for each."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        size = _write(folder)
+        size = write_model(folder)
         print(f"model of {size / MEGABYTE:.0f} MB; peak above the start, by rank")
         for way in WAYS:
-            peaks = _measure(folder, way)
+            peaks = [int(line) for line in run_ranks(__file__, str(folder), way)]
             shares = ", ".join(f"{peak / MEGABYTE:.0f} MB ({peak / size:.2f} of the model)" for peak in peaks)
             print(f"{way:<24}{shares}", flush=True)
 
 
-def _write(folder: Path) -> int:
-    """Parts and a model directory; the bytes of the model's weights."""
+def write_model(folder: Path) -> int:
+    """Write parts and a model directory; gives the bytes of the model's weights."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
@@ -77,7 +77,8 @@ def _write(folder: Path) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in loaded.model.parameters())
 
 
-def _measure(folder: Path, way: str) -> list[int]:
+def run_ranks(script: str, *arguments: str) -> list[str]:
+    """Run a script as ``RANKS`` ranks; the last word that each prints."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -85,14 +86,15 @@ def _measure(folder: Path, way: str) -> list[int]:
     common |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-W", "ignore", __file__, str(folder), way],
+            [sys.executable, "-W", "ignore", script, *arguments],
             env=common | {"RANK": str(number), "LOCAL_RANK": str(number)},
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            text=True,
         )
         for number in range(RANKS)
     ]
-    return [int(rank.communicate()[0].split()[-1]) for rank in ranks]
+    return [rank.communicate()[0].split()[-1] for rank in ranks]
 
 
 def _rank(folder: Path, way: str) -> None:
@@ -116,17 +118,17 @@ def _rank(folder: Path, way: str) -> None:
     )
     in_pieces = kept == "partitioned"  # as mmit.train.stage_parts does it
     allocator = memory_given_back() if in_pieces else nullcontext()
-    with _Peak() as peak, allocator, placed(Partitioned(settings) if in_pieces else WHOLE):
+    with Peak() as peak, allocator, placed(Partitioned(settings) if in_pieces else WHOLE):
         loaded = build_model(model, dtype=torch.float32, seed=0)
     del loaded
     print(peak.bytes)
     torch.distributed.destroy_process_group()
 
 
-class _Peak:
+class Peak:
     """The largest growth of this process's anonymous memory while in force."""
 
-    def __enter__(self) -> _Peak:
+    def __enter__(self) -> Peak:
         self.bytes, self._start, self._ended = 0, _anonymous(), False
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()

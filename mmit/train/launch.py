@@ -25,8 +25,9 @@ from mmit.distributed import logger
 from mmit.errors import EXIT_INTERRUPTED, CheckpointError, ConfigError, Interrupted, TrainingError
 from mmit.train.settings import check_unchanged
 
-GRACE_SECONDS = 60.0
-"""How long ranks may take to save after SIGTERM before they are killed; a second signal cuts it short."""
+GRACE_SECONDS = 600.0
+"""How long ranks may take to save after SIGTERM before they are killed; a second signal cuts it short. As long as a
+large model takes on a slow disk, after the checkpoint that is on its way; ranks that hang are the watchdog's."""
 
 AFTER_A_DEATH_SECONDS = 10.0
 """How long the other ranks may take to end after one died: they wait for it in a collective and will not come back."""

@@ -32,7 +32,8 @@ from mmit.train.model_writer import HeldModel, ModelWriter
 
 POLL_SECONDS = 0.05
 CLOSING_SECONDS = 60.0
-"""How long a run that ends with an error waits for the checkpoint that is on its way."""
+NOTES_SECONDS = 5.0
+"""How long a run that ends with an error waits for its own files, and then for the notes of the other ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +50,13 @@ class _Held:
 
 @dataclass(frozen=True, kw_only=True)
 class _OnItsWay:
-    """A checkpoint that the writer works at. own: this rank's files; published: on rank 0, the whole."""
+    """A checkpoint that the writer works at. own: this rank's files; published: on rank 0, the whole.
 
-    held: _Held
+    The copy itself is not kept here: its memory is free again when it is written.
+    """
+
+    partial: Path
+    final: Path
     own: Future[None]
     published: Future[None]
 
@@ -109,21 +114,21 @@ class Saver:
         published = self._writer.submit(self._publish_when_all_wrote, held, own)
         for future in (own, published):
             future.add_done_callback(lambda done: self._on_failure() if done.exception() else None)
-        self._on_its_way = _OnItsWay(held=held, own=own, published=published)
+        self._on_its_way = _OnItsWay(partial=partial, final=final, own=own, published=published)
 
     def finish(self) -> None:
         """Wait for the checkpoint that is on its way. Raises CheckpointError where a rank could not write it."""
         if (way := self._on_its_way) is None:
             return
         self._on_its_way = None
-        with self._told(way.held.partial):
+        with self._told(way.partial):
             try:
-                collectively(way.own.result, what=way.held.partial)
+                collectively(way.own.result, what=way.partial)
             except (CheckpointError, OtherRankFailed):
                 self._abandoned.set()
                 wait([way.published])
                 raise
-            collectively(way.published.result, what=way.held.final)
+            collectively(way.published.result, what=way.final)
 
     def write_model(self, directory: Path) -> None:
         """Write the model as it is now, and come back when it is on disk. Raises CheckpointError."""
@@ -132,8 +137,9 @@ class Saver:
 
     def close(self) -> None:
         """Let the checkpoint that is on its way reach the disk, whatever ends the run; not collective."""
-        if self._on_its_way is not None:
-            wait([self._on_its_way.published], timeout=CLOSING_SECONDS)
+        if (way := self._on_its_way) is not None:
+            wait([way.own], timeout=CLOSING_SECONDS)
+            wait([way.published], timeout=NOTES_SECONDS)  # another rank may be gone, and its note never come
         self._abandoned.set()
         self._writer.shutdown(wait=False)
 

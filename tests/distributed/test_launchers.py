@@ -40,22 +40,22 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(tmp_path_factory.mktemp("launchers"), records=8)
 
 
-def test_slurms_script_trains_every_stage_and_torchrun_trains_one(run_file: Path, tmp_path: Path) -> None:
-    script = tmp_path / "job.sh"
-    few = (*PLAN, "stages.align.max_steps=2", "stages.instruct.max_steps=1")
+@pytest.fixture(scope="module")
+def by_slurm(run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The script that was written for SLURM; it has trained ``align`` for two steps on two ranks."""
+    folder = tmp_path_factory.mktemp("slurm")
+    script = folder / "job.sh"
     both = yaml.safe_load(run_file.read_text())
-    run_file.write_text(yaml.safe_dump(both | {"stages": {"align": both["stages"]["align"]}}))
+    alone = run_file.with_name("align.yaml")
+    alone.write_text(yaml.safe_dump(both | {"stages": {"align": both["stages"]["align"]}}))
     options = ("--nodes", "1", "--ranks-per-node", "2", "--cpus-per-rank", "1", "--cpu", "--option=--partition=tiny")
-    written = mmit("launch", str(run_file), *few[:-1], "--slurm", str(script), *options)
+    written = mmit("launch", str(alone), *PLAN, "stages.align.max_steps=2", "--slurm", str(script), *options)
     assert written.returncode == 0, written.stderr
-    text = script.read_text()
-    assert "#SBATCH --partition=tiny" in text
-    assert "gpus-per-node" not in text
     for name, content in (("srun", SRUN), ("scontrol", SCONTROL)):
-        (tmp_path / name).write_text(content)
-        (tmp_path / name).chmod(0o755)
+        (folder / name).write_text(content)
+        (folder / name).chmod(0o755)
     surroundings = environment() | {
-        "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "SLURM_JOB_ID": str(os.getpid()),
         "SLURM_JOB_NODELIST": "host[1-2]",
     }
@@ -63,26 +63,34 @@ def test_slurms_script_trains_every_stage_and_torchrun_trains_one(run_file: Path
         ["bash", str(script)], env=surroundings, capture_output=True, text=True, timeout=400, check=False
     )
     assert done.returncode == 0, done.stderr
+    return script.read_text()
+
+
+def test_slurms_script_trains_every_stage(run_file: Path, by_slurm: str) -> None:
+    assert "#SBATCH --partition=tiny" in by_slurm
+    assert "gpus-per-node" not in by_slurm
     assert [line["step"] for line in metrics(run_file.parent / "run" / "align")] == [1, 2]
     made = json.loads((run_file.parent / "run" / "align" / "model" / "mmit.json").read_text())["made_from"]
     assert made["ranks"] == 2
 
-    run_file.write_text(yaml.safe_dump(both))
 
+def test_torchrun_trains_a_stage(run_file: Path, by_slurm: str, tmp_path: Path) -> None:
+    assert by_slurm
     torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
-    words = ["-m", "mmit", "train", str(run_file), *few, "--stage", "instruct", f"output={tmp_path / 'again'}"]
-    words.append(f"stages.instruct.init_from={run_file.parent / 'run' / 'align'}")
+    words = ["-m", "mmit", "train", str(run_file), "stages.instruct.max_steps=1", "--stage", "instruct"]
+    words += [f"output={tmp_path}", f"stages.instruct.init_from={run_file.parent / 'run' / 'align'}"]
     done = subprocess.run(
         [*torchrun, *words], env=environment(), capture_output=True, text=True, timeout=400, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert [line["step"] for line in metrics(tmp_path / "again" / "instruct")] == [1]
+    assert [line["step"] for line in metrics(tmp_path / "instruct")] == [1]
 
 
 def test_torchrun_trains_on_two_hosts_and_when_the_cable_is_pulled_each_ends_and_names_the_other(
-    run_file: Path, tmp_path: Path
+    run_file: Path, by_slurm: str, tmp_path: Path
 ) -> None:
-    """The losses are those of two ranks on one host, which SLURM's script has trained."""
+    """The losses are those of two ranks on one host."""
+    assert by_slurm
     rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "host-a:29500", "--nnodes", "2", "--nproc_per_node", "1"]
     words = [str(Path(sys.executable).parent / "torchrun"), *rendezvous, "-m", "mmit", "train", str(run_file), *PLAN]
     words += ["--stage", "align", f"output={tmp_path / 'run'}", "launch.stall_seconds=5"]

@@ -183,9 +183,12 @@ def test_a_complete_stage_of_an_edited_run_file_is_not_taken_for_the_new_one(run
     assert "stages.align.train.connector was 0.01 and is 0.02" in done.stderr
 
 
-def test_deepspeeds_own_launcher_trains_the_next_stage(run_file: Path, aligned: Path) -> None:
+def test_deepspeeds_own_launcher_trains_the_next_stage_from_a_hostfile(run_file: Path, aligned: Path) -> None:
     launcher = Path(sys.executable).parent / "deepspeed"
-    words = [str(launcher), "--num_accelerators", "2", "--master_port", str(free_port()), "--module", "mmit"]
+    hosts = run_file.parent / "hosts"
+    hosts.write_text("localhost slots=2\n")
+    words = [str(launcher), "--hostfile", str(hosts), "--no_ssh", "--node_rank", "0", "--master_addr", "127.0.0.1"]
+    words += ["--master_port", str(free_port()), "--module", "mmit"]
     words += ["train", str(run_file), "--stage", "instruct"]
     done = subprocess.run(
         words,
