@@ -121,5 +121,12 @@ def wait_for_step(folder: Path, step: int, started: "subprocess.Popen[str]") -> 
 
 def rank_processes(started: "subprocess.Popen[str] | subprocess.Popen[bytes]") -> list[psutil.Process]:
     """The rank processes of a launch, by rank."""
-    found = [child for child in psutil.Process(started.pid).children() if "mmit" in " ".join(child.cmdline())]
-    return sorted(found, key=lambda process: int(process.environ()["RANK"]))
+    found: dict[int, psutil.Process] = {}
+    for child in psutil.Process(started.pid).children():
+        try:
+            number = child.environ().get("RANK", "")  # empty in a process that is only just being made
+        except psutil.NoSuchProcess:
+            continue
+        if number and "mmit" in " ".join(child.cmdline()):
+            found[int(number)] = child
+    return [found[number] for number in sorted(found)]
