@@ -59,8 +59,7 @@ def verdict(beats: Mapping[int, Beat], silent: Mapping[int, float], *, limit: fl
     """
     armed = any(beat.limit for beat in beats.values())
     for number, beat in sorted(beats.items()):
-        # Writing a large file can keep a rank's threads from running: a rank that saves may be silent.
-        if armed and beat.phase != SAVING and silent[number] > limit:
+        if armed and silent[number] > limit:
             return (
                 f"rank {number} on {beat.host} has not been heard for {silent[number]:.0f} s: it was stopped, or its "
                 f"machine is gone; last {beat.phase} step {beat.step}{_at(beat)}"
@@ -68,7 +67,7 @@ def verdict(beats: Mapping[int, Beat], silent: Mapping[int, float], *, limit: fl
     stalled = {number: beat for number, beat in sorted(beats.items()) if beat.limit and beat.seconds > beat.limit}
     # A rank that reads keeps the others waiting; of ranks that compute, one may wait for another in the backward pass.
     # And all of them wait for one that is gone, which is known for certain when it has been silent for long enough.
-    quiet = any(silent[number] > QUIET_SECONDS for number, beat in beats.items() if beat.phase != SAVING)
+    quiet = any(silent[number] > QUIET_SECONDS for number in beats)
     for phase in (READING,) if quiet else (READING, COMPUTING):
         found = [
             f"rank {number} on {beat.host} has stalled: {phase} step {beat.step} for {beat.seconds:.0f} s{_at(beat)}"
