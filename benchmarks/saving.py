@@ -84,7 +84,8 @@ def _engine(folder: Path, stage: int) -> tuple[LoadedModel, Engine]:
     from mmit.batch import Batch
     from mmit.config import ComposedModel, Zero
     from mmit.models import build_model
-    from mmit.train.engine import Engine, deepspeed_config
+    from mmit.train.deepspeed_settings import deepspeed_config
+    from mmit.train.engine import Engine
     from mmit.train.optim import adamw, parameter_groups
 
     section = ComposedModel.model_validate_json((folder / "section.json").read_text(encoding="utf-8"))

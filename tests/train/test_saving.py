@@ -17,7 +17,8 @@ from mmit.config import ComposedModel, Zero
 from mmit.errors import CheckpointError
 from mmit.models import LoadedModel, build_model, tensor_file
 from mmit.train import checkpoint, engine_state
-from mmit.train.engine import Engine, deepspeed_config, init_process_group
+from mmit.train.deepspeed_settings import deepspeed_config
+from mmit.train.engine import Engine, init_process_group
 from mmit.train.model_writer import ModelWriter
 from mmit.train.optim import adamw, parameter_groups
 from mmit.train.saving import Saver
