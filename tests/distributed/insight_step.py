@@ -74,7 +74,7 @@ def straight_model(config: Any) -> torch.nn.Module:
 
 
 def copy_of(engine: Engine) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in engine.full_state().items()}
+    return {name: value.clone() for name, value in engine.weights()}
 
 
 def state(engine: Engine) -> list[torch.Tensor]:
