@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from mmit.errors import ConfigError
@@ -42,6 +43,28 @@ def local_rank() -> int:
 def world_size() -> int:
     """Number of processes of the run."""
     return _from_launcher("WORLD_SIZE", 1)
+
+
+@dataclass(frozen=True)
+class Readers:
+    """Who reads rows: every ``sequence`` consecutive ranks read the same ones, as one reader."""
+
+    sequence: int = 1
+
+    @property
+    def count(self) -> int:
+        """Readers of the run."""
+        return world_size() // self.sequence
+
+    @property
+    def number(self) -> int:
+        """That of this rank, 0-based."""
+        return rank() // self.sequence
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank tells what its reader read, so that it is counted once."""
+        return rank() % self.sequence == 0
 
 
 def is_launched() -> bool:

@@ -83,6 +83,14 @@ class Zero(Section):
         return self.stage
 
 
+class Parallel(Section):
+    """What several ranks do together beside ZeRO."""
+
+    sequence: PositiveInt = 1
+    """So many ranks share each row, for rows that do not fit one (DeepSpeed-Ulysses, arXiv 2309.14509): everything but
+    attention runs on a part of the row, attention on a part of the heads. It divides the ranks, and the heads."""
+
+
 class Save(Section):
     """Checkpoints of a stage."""
 
@@ -142,6 +150,7 @@ class Stage(Section):
     """End earlier; the schedule is that of the shorter run."""
     optim: Optim = Optim()
     zero: Zero = Zero()
+    parallel: Parallel = Parallel()
     attention: Literal["auto", "mmit_packed", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
     """How the language model attends: ``auto`` takes what keeps packed samples apart without a mask of T x T, where
     the model can; the others are transformers' implementations. What cannot run is refused."""

@@ -29,6 +29,7 @@ from mmit.models.mosaic import lay_out
 from mmit.models.needed import all_tokens, needed_tokens
 from mmit.models.placement import placement, runnable
 from mmit.models.rules import NEW_TOKENS, TrainGroup, apply_rules
+from mmit.models.shared_rows import RowGroup
 from mmit.tiling import TilePlan
 
 logger = logging.getLogger("mmit")
@@ -41,8 +42,9 @@ class VisionLanguageModel(nn.Module):
     an image token will be put. image_newline: (D,), the token that ends a row of a tiled picture, where ``spec`` has
     one. vocabulary: ids below it share the probability in the loss; None: all that have a row. tokens: ids below it
     have a text and can be answered; token tables are often longer. new_ids: those of tokens that the run file added;
-    ``by_row`` names the tables of which only their rows train. ``packing_fault`` says why samples may not share a
-    row; it is empty where they may. Raises ConfigError for parts that do not fit.
+    ``by_row`` names the tables of which only their rows train. row_group: the ranks that share a row with this one in
+    ``forward`` (see ``share_rows``). ``packing_fault`` says why samples may not share a row; it is empty where they
+    may. Raises ConfigError for parts that do not fit.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class VisionLanguageModel(nn.Module):
         self.tokens = tokens
         self.new_ids = new_ids
         self.by_row: frozenset[str] = frozenset()
+        self.row_group: RowGroup | None = None
         if language_model.can_generate():
             # A model's own generation settings (a penalty, a temperature) would change what "greedy" means here.
             language_model.generation_config = GenerationConfig()
@@ -152,6 +155,9 @@ class VisionLanguageModel(nn.Module):
             return nll_by_own_forward(self.language_model, embeddings, batch, vocabulary=self.vocabulary, told=told)
         keeps_rows = self.attention not in (PACKED, FLASH) or self.window is not None or self.packing_fault
         needed = all_tokens(batch.ids) if keeps_rows else needed_tokens(batch.ids)
+        positions, by_source = needed.position_ids, batch.by_source
+        if self.row_group is not None:
+            needed, positions, by_source = self.row_group.part(needed, by_source)
         here = needed.to(embeddings.device)
         if here.tokens is not None:
             embeddings = embeddings.flatten(0, 1).index_select(0, here.tokens)[None]  # (1, N, D)
@@ -160,11 +166,11 @@ class VisionLanguageModel(nn.Module):
                 inputs_embeds=embeddings,
                 position_ids=here.position_ids,
                 use_cache=False,
-                **self._attention(needed.position_ids),
+                **self._attention(positions),
             ).last_hidden_state
         head = cast("nn.Linear", self.language_model.get_output_embeddings())
         states = hidden.flatten(0, 1).index_select(0, here.labelled)  # (S, D)
-        return labelled_nll(head, states, here.labels, batch.by_source, vocabulary=self.vocabulary)
+        return labelled_nll(head, states, here.labels, by_source, vocabulary=self.vocabulary)
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits (B, T, V) at every position, by the language model's own forward."""

@@ -12,7 +12,6 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from mmit.config import Zero
-from mmit.distributed import world_size
 from mmit.errors import ConfigError
 from mmit.train.deepspeed_keys import check_keys
 
@@ -47,9 +46,9 @@ STATE_ELSEWHERE = (
 """Keys with which weights, moments or the loss scale lie where checkpoints by parameter name do not look for them."""
 
 
-def accumulation(*, rows_per_step: int, rows_per_micro_batch: int) -> int:
-    """Micro-batches of an optimizer step on each rank; the last one of a rank may hold empty rows."""
-    return -(-rows_per_step // (world_size() * rows_per_micro_batch))
+def accumulation(*, rows_per_step: int, rows_per_micro_batch: int, readers: int) -> int:
+    """Micro-batches of an optimizer step on each reader; the last one of a reader may hold empty rows."""
+    return -(-rows_per_step // (readers * rows_per_micro_batch))
 
 
 def deepspeed_config(

@@ -21,7 +21,7 @@ from mmit.data import ShardSet, make_plan
 from mmit.data.frames import FewerFrames
 from mmit.data.held_out import HeldOutSet, Pictures, lenders
 from mmit.data.plan import numbered
-from mmit.distributed import all_reduce_sum, logger, world_size
+from mmit.distributed import Readers, all_reduce_sum, logger
 from mmit.errors import DataError
 from mmit.train.apart import check_apart
 from mmit.train.engine import device
@@ -197,7 +197,7 @@ def _plan(parts: Sequence[tuple[int, _Part]], stage: Stage, seed: int) -> Plan:
         [(part.samples, len(part.taking_part)) for _, part in parts],
         [part.table for _, part in parts],
         length=batch.length,
-        rows_per_step=world_size() * batch.rows_per_micro_batch,  # a micro-batch of each rank
+        rows_per_step=Readers(stage.parallel.sequence).count * batch.rows_per_micro_batch,  # a micro-batch of each rank
         packing=batch.packing,
         tiles_per_row=batch.images_per_row,
         seed=seed,
@@ -222,7 +222,7 @@ def _sums(feed: Feed, engine: Engine, mark: Callable[[Sequence[str]], None]) -> 
     """Of all ranks; collective."""
     sums = torch.zeros((2, len(feed.plan.sources)), dtype=torch.float64, device=device())
     for step in feed.loader(start_step=0):
-        for _, sample in step.skipped:
+        for _, sample in step.skipped if feed.readers.speaks else ():
             logger.warning("held out, skipped: %s", sample)
         for batch in step.batches:
             mark(batch.sample_ids)
@@ -230,7 +230,8 @@ def _sums(feed: Feed, engine: Engine, mark: Callable[[Sequence[str]], None]) -> 
             engine.forward(here)
             assert here.by_source is not None, "the held-out stage asks for it"
             sums[0] += here.by_source.nll
-            sums[1] += torch.tensor(here.by_source.trained_tokens, device=device())
+            if feed.readers.speaks:
+                sums[1] += torch.tensor(here.by_source.trained_tokens, device=device())
     return all_reduce_sum(sums).cpu().numpy()
 
 

@@ -38,7 +38,7 @@ from mmit.data.facts import read_facts
 from mmit.data.frames import FewerFrames
 from mmit.data.side_files import TextSet
 from mmit.data.summary import summarize, summary_table
-from mmit.distributed import logger, rank, world_size
+from mmit.distributed import Readers, logger, rank
 from mmit.encoding import Style, encode_conversation
 from mmit.errors import DataError
 from mmit.images import ImageSpec
@@ -108,13 +108,18 @@ class Feed:
     pad_id: int
     feature_size: tuple[int, int] | None = None
 
+    @property
+    def readers(self) -> Readers:
+        """Who reads the rows of the plan."""
+        return Readers(self.stage.parallel.sequence)
+
     def loader(self, *, start_step: int) -> Loader:
         """This rank's batches from ``start_step`` on."""
         return Loader(
             self.plan,
             self.encode,
-            rank=rank(),
-            world=world_size(),
+            rank=self.readers.number,
+            world=self.readers.count,
             rows_per_micro_batch=self.stage.batch.rows_per_micro_batch,
             workers=self.stage.data.workers,
             pad_id=self.pad_id,
@@ -273,7 +278,10 @@ def summaries(config: RunConfig, stages: Sequence[str], *, ranks: int) -> Iterat
         plan = plan_stage(config, stage, make_encode(stage.data, loaded))
         table = summary_table(
             summarize(
-                plan, length=stage.batch.length, world=ranks, rows_per_micro_batch=stage.batch.rows_per_micro_batch
+                plan,
+                length=stage.batch.length,
+                world=max(1, ranks // stage.parallel.sequence),
+                rows_per_micro_batch=stage.batch.rows_per_micro_batch,
             )
         )
         table.title = f"stage {name}: {table.title}"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mmit.distributed import all_reduce_sum, logger, rank
+from mmit.distributed import Readers, all_reduce_sum, logger, rank, world_size
 from mmit.errors import TrainingError
 from mmit.train.counts import Counts
 from mmit.train.engine import Engine, device, peak_memory
@@ -72,23 +72,26 @@ def train_steps(
     Raises TrainingError for a step without a trained token, for a loss or gradient that is not finite, and for a spike
     where that ends the run.
     """
+    readers = Readers(world_size() // loader.world)
     for step, wait in _timed(iter(loader), watchdog, loader.start_step):
         started = time.perf_counter() - wait
         watchdog.mark(WAITING, step=step.step + 1)
-        counts = Counts.of(step, stop=stop.asked, sources=len(loader.plan.sources))
+        counts = Counts.of(step, stop=stop.asked, sources=len(loader.plan.sources), readers=readers)
         if counts.stops:
             return False
-        skipped.note(step.skipped, counts.skipped_of, step=step.step + 1)
+        skipped.note(step.skipped if readers.speaks else (), counts.skipped_of, step=step.step + 1)
         if counts.trained_tokens == 0:
             raise TrainingError(
                 f"step {step.step + 1} has no trained token on any rank: {counts.samples} samples, "
                 f"{counts.skipped} skipped; "
                 "see the skipped records in the log, and the labels with `mmit data show`"
             )
-        torch.manual_seed(_step_seed(seed, step.step))
+        torch.manual_seed(_step_seed(seed, step.step, readers))
         factor = schedule.factor(step.step)
         names = loader.plan.names if loader.by_source else ()
-        done = _optimizer_step(step, engine, insight, counts.trained_tokens, factor, sources=names, watchdog=watchdog)
+        done = _optimizer_step(
+            step, engine, insight, counts.trained_tokens, factor, readers=readers, sources=names, watchdog=watchdog
+        )
         seconds = time.perf_counter() - started
         if recorder is not None:
             recorder.add(
@@ -140,6 +143,7 @@ def _optimizer_step(
     trained_tokens: int,
     factor: float,
     *,
+    readers: Readers,
     sources: Sequence[str],
     watchdog: Watchdog,
 ) -> _Done:
@@ -157,7 +161,8 @@ def _optimizer_step(
         parts.append((nll, batch.trained_tokens, batch.sample_ids))
         if here.by_source is not None:
             sums[1 : 1 + len(sources)] += here.by_source.nll
-            sums[1 + len(sources) :] += torch.tensor(here.by_source.trained_tokens, device=device())
+            if readers.speaks:
+                sums[1 + len(sources) :] += torch.tensor(here.by_source.trained_tokens, device=device())
         if number == len(step.batches):
             total, *shares = all_reduce_sum(sums).tolist()
             loss = total / trained_tokens
@@ -185,8 +190,8 @@ def _check_finite(value: float, step: StepBatches, what: str) -> None:
     )
 
 
-def _step_seed(seed: int, step: int) -> int:
-    text = f"{seed}/{step}/{rank()}".encode()
+def _step_seed(seed: int, step: int, readers: Readers) -> int:
+    text = f"{seed}/{step}/{readers.number}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "big")
 
 

@@ -18,6 +18,7 @@ HARMLESS = (
     "evaluate",
     "spike",
     "zero",
+    "parallel",
     "activation_checkpointing",
     "attention",
     "batch.rows_per_micro_batch",

@@ -147,6 +147,7 @@ def _make_ready(config: RunConfig, name: str, *, stop: StopRequest) -> _Ready:
     from mmit.train.evaluation import plan_evaluation
     from mmit.train.features import stage_features
     from mmit.train.feed import make_feed
+    from mmit.train.sequence import share
     from mmit.train.sinks import check_sinks
     from mmit.train.work import is_measured, work_of
 
@@ -155,7 +156,8 @@ def _make_ready(config: RunConfig, name: str, *, stop: StopRequest) -> _Ready:
     dtype = resolve_precision(config.precision)
     features = stage_features(config, name, dtype=dtype, stop=stop)
     loaded = build(config, name, dtype=dtype, tower=None if features is None else features.tower)
-    attend(loaded, config.stages[name], name)
+    attend(loaded, stage, name)
+    share(loaded, stage, name)
     feed = make_feed(config, stage, loaded, features)
     state = checkpoint.RunState(
         step=0,

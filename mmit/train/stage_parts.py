@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mmit.config import RunConfig, Stage
-from mmit.distributed import logger, world_size
+from mmit.distributed import Readers, logger, world_size
 from mmit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -84,7 +84,10 @@ def announce(config: RunConfig, name: str, plan: Plan) -> None:
     from mmit.train.deepspeed_settings import accumulation
 
     batch = config.stages[name].batch
-    micro = accumulation(rows_per_step=batch.rows_per_step, rows_per_micro_batch=batch.rows_per_micro_batch)
+    readers = Readers(config.stages[name].parallel.sequence).count
+    micro = accumulation(
+        rows_per_step=batch.rows_per_step, rows_per_micro_batch=batch.rows_per_micro_batch, readers=readers
+    )
     logger.info(
         "stage %s: %d samples in %d steps of %d rows x %d tokens; ZeRO-%d, %d ranks x %d micro-batches of %d rows",
         name,
@@ -97,14 +100,14 @@ def announce(config: RunConfig, name: str, plan: Plan) -> None:
         micro,
         batch.rows_per_micro_batch,
     )
-    idle = micro * batch.rows_per_micro_batch * world_size() - batch.rows_per_step
+    idle = micro * batch.rows_per_micro_batch * readers - batch.rows_per_step
     if idle:
         logger.info(
-            "%d of %d row places of a step stay empty: %d rows per step over %d ranks x %d micro-batches x %d rows",
+            "%d of %d row places of a step stay empty: %d rows per step over %d readers x %d micro-batches x %d rows",
             idle,
             idle + batch.rows_per_step,
             batch.rows_per_step,
-            world_size(),
+            readers,
             micro,
             batch.rows_per_micro_batch,
         )
@@ -120,6 +123,10 @@ def _engine_settings(config: RunConfig, name: str, dtype: torch.dtype) -> dict[s
         zero_of(config, name),
         dtype=dtype,
         rows_per_micro_batch=rows,
-        micro_batches=accumulation(rows_per_step=stage.batch.rows_per_step, rows_per_micro_batch=rows),
+        micro_batches=accumulation(
+            rows_per_step=stage.batch.rows_per_step,
+            rows_per_micro_batch=rows,
+            readers=Readers(stage.parallel.sequence).count,
+        ),
         clip_norm=stage.optim.clip_norm,
     )

@@ -25,6 +25,7 @@ from mmit.config import Zero, load_config  # noqa: E402
 from mmit.distributed import all_reduce_sum, rank  # noqa: E402
 from mmit.models import build_model  # noqa: E402
 from mmit.models.placement import WHOLE, placed  # noqa: E402
+from mmit.models.shared_rows import RowGroup, share_rows  # noqa: E402
 from mmit.train import engine_state  # noqa: E402
 from mmit.train.deepspeed_settings import deepspeed_config  # noqa: E402
 from mmit.train.engine import Engine, init_process_group  # noqa: E402
@@ -43,6 +44,7 @@ class Way:
     zero: Zero
     precision: str = "fp32"
     micro_batches: int = 2
+    sequence: int = 1
 
 
 def ways(nvme: Path | None) -> dict[str, Way]:
@@ -84,6 +86,8 @@ def ways(nvme: Path | None) -> dict[str, Way]:
             micro_batches=1,
         ),
         "ZeRO-3, sub-groups and thresholds": Way(Zero(stage=3, extra={"zero_optimization": pieces})),
+        "ZeRO-2, rows shared by two ranks": Way(Zero(stage=2), micro_batches=4, sequence=2),
+        "ZeRO-3, rows shared by two ranks": Way(Zero(stage=3), micro_batches=4, sequence=2),
         "bf16, ZeRO-0": Way(Zero(stage=0), "bf16"),
         "bf16, ZeRO-2": Way(Zero(stage=2), "bf16"),
         "bf16, ZeRO-3, both on CPU": Way(Zero(**both), "bf16"),
@@ -97,9 +101,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def batches_of(loaded: Any, count: int) -> list[list[Batch]]:
-    """By rank: rows with 5/1 and 2/7 trained tokens in one or two micro-batches (see ``exact_step``)."""
-    if count == 2:
-        return micro_batches(loaded)
+    """By rank: rows with 5/1 and 2/7 trained tokens in 1 or 2 micro-batches (see ``exact_step``); 4: all of them."""
+    if count > 1:
+        made = micro_batches(loaded)
+        return made if count == 2 else [[*made[0], *made[1]]] * 2
     rows = [
         [
             [sample(1, text=9, images=1, trained=5, loaded=loaded)],
@@ -168,14 +173,19 @@ class Run:
         )
         with placed(Partitioned(settings) if way.zero.stage == 3 else WHOLE):
             self.loaded = build_model(config.model, dtype=dtype, seed=0)
+        if way.sequence > 1:
+            ranks, _ = torch.distributed.new_subgroups(group_size=way.sequence)
+            share_rows(self.loaded.model, RowGroup(ranks, rank() % way.sequence, way.sequence))
         groups = self.loaded.model.train_only(RULES)
         optimizer = adamw(parameter_groups(self.loaded.model, groups, weight_decay=0.1), betas=(0.9, 0.999), eps=EPS)
         self.engine = Engine(self.loaded.model, optimizer, settings, dtype=dtype)
+        self.sequence = way.sequence
         self.batches = batches_of(self.loaded, way.micro_batches)[rank()]
 
     def step(self) -> tuple[float, float]:
         """Loss and norm of one step."""
         trained = int(all_reduce_sum(torch.tensor([sum(batch.trained_tokens for batch in self.batches)])))
+        trained //= self.sequence
         loss = torch.zeros((), dtype=torch.float64)
         norm = None
         for batch in self.batches:

@@ -35,6 +35,8 @@ IN_MEMORY = [
     "ZeRO-3, parameters on CPU",
     "ZeRO-3, both on CPU",
     "ZeRO-3, sub-groups and thresholds",
+    "ZeRO-2, rows shared by two ranks",
+    "ZeRO-3, rows shared by two ranks",
     "bf16, ZeRO-0",
     "bf16, ZeRO-2",
     "bf16, ZeRO-3, both on CPU",
