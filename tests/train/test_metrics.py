@@ -1,8 +1,12 @@
 """The record of a stage survives a kill and is drawn."""
 
 import json
+import logging
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from mmit.train.curves import line_chart
 from mmit.train.metrics import Recorder
@@ -39,6 +43,21 @@ def test_every_step_is_one_line(tmp_path: Path) -> None:
     log.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 3.0), (2, 1.5), (3, 1.0)]
+
+
+def test_a_step_that_overflowed_in_fp16_is_told_and_other_precisions_have_no_loss_scale(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = recorder(tmp_path)
+    log.add(record(1, 3.0))
+    with caplog.at_level(logging.INFO, "mmit"):
+        log.add(replace(record(2, 3.0), grad_norm=None, loss_scale=32768.0, left_out_in_all=1))
+    log.close()
+    plain, overflowed = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert plain.keys() == overflowed.keys() - {"loss_scale", "left_out_in_all"}
+    assert (overflowed["grad_norm"], overflowed["loss_scale"], overflowed["left_out_in_all"]) == (None, 32768.0, 1)
+    assert "grad overflow" in caplog.text
+    assert "loss scale 32768, steps left out 1" in caplog.text
 
 
 def test_steps_done_after_the_last_checkpoint_are_not_told_twice(tmp_path: Path) -> None:
