@@ -154,8 +154,9 @@ class Stage(Section):
     attention: Literal["auto", "mmit_packed", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
     """How the language model attends: ``auto`` takes what keeps packed samples apart without a mask of T x T, where
     the model can; the others are transformers' implementations. What cannot run is refused."""
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, 20 to 25 percent more time."""
+    activation_checkpointing: bool | Annotated[int, Field(ge=1, le=MANY)] = False
+    """Recompute activations in the backward pass: less memory, 20 to 25 percent more time. A number k recomputes every
+    k-th layer of the language model only, which costs and spares the k-th part."""
     save: Save = Save()
     log: Log = Log()
     evaluate: Evaluate | None = None

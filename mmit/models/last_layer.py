@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from mmit.errors import ConfigError
 from mmit.models.language_models import has_experts, token_table
 from mmit.models.placement import Placement
 
@@ -86,12 +88,32 @@ def find_last_layer(language_model: PreTrainedModel, kept: Placement) -> LastLay
 
     Mixtures of experts stay whole: their layers also count what every position asks for.
     """
+    layers = _layers(language_model)
+    if has_experts(language_model) or not layers:
+        return LastLayer(())
+    return LastLayer(_free_to_choose(language_model, layers[-1], kept))
+
+
+def recompute_layers(language_model: PreTrainedModel, last: LastLayer, *, every: int) -> None:
+    """Let every ``every``-th layer recompute its activations in the backward pass, the first too. Raises ConfigError."""
+    name = type(language_model).__name__
+    if not language_model.supports_gradient_checkpointing:
+        raise ConfigError(f"activation_checkpointing: {name} does not support it; set it to false")
+    how = {"use_reentrant": False, "context_fn": last.recomputing}
+    language_model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
+    layers = _layers(language_model)
+    if every > 1 and not (layers and all(isinstance(layer, GradientCheckpointingLayer) for layer in layers)):
+        raise ConfigError(f"activation_checkpointing: {name} recomputes all of its layers or none; set it to true")
+    for number, layer in enumerate(layers):
+        if number % every:
+            layer.__dict__["gradient_checkpointing"] = False
+
+
+def _layers(language_model: PreTrainedModel) -> list[nn.Module]:
     depth = getattr(language_model.config.get_text_config(), "num_hidden_layers", 0)
     lists = [module for module in language_model.base_model.modules() if isinstance(module, nn.ModuleList)]
-    layers = [module[-1] for module in lists if len(module) == depth]
-    if has_experts(language_model) or len(layers) != 1:
-        return LastLayer(())
-    return LastLayer(_free_to_choose(language_model, layers[0], kept))
+    found = [list(module) for module in lists if len(module) == depth]
+    return found[0] if len(found) == 1 else []
 
 
 _LENGTH = 5

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from mmit.batch import IGNORE, Batch, Encoded, collate
-from mmit.errors import ConfigError, DataError
+from mmit.errors import DataError
 from mmit.images import ImageSpec, normalize
 from mmit.models import generation
 from mmit.models.absent import AbsentTower
@@ -24,7 +24,7 @@ from mmit.models.attention_choice import carried_state, packing_fault, set_atten
 from mmit.models.connectors import idle_parameters, questions_for
 from mmit.models.head import head_is_plain, labelled_nll, nll_by_own_forward
 from mmit.models.language_models import row_parameters, token_table
-from mmit.models.last_layer import LastLayer, find_last_layer
+from mmit.models.last_layer import LastLayer, find_last_layer, recompute_layers
 from mmit.models.mosaic import lay_out
 from mmit.models.needed import all_tokens, needed_tokens
 from mmit.models.placement import placement, runnable
@@ -245,13 +245,9 @@ class VisionLanguageModel(nn.Module):
         ids = torch.tensor(self.new_ids, device=gradient.device)
         return torch.zeros_like(gradient).index_copy_(0, ids, gradient[ids])
 
-    def enable_activation_checkpointing(self) -> None:
-        """Recompute the activations of the language model's layers in the backward pass. Raises ConfigError."""
-        if not self.language_model.supports_gradient_checkpointing:
-            name = type(self.language_model).__name__
-            raise ConfigError(f"activation_checkpointing: {name} does not support it; set it to false")
-        how = {"use_reentrant": False, "context_fn": self.last_layer.recomputing}
-        self.language_model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
+    def enable_activation_checkpointing(self, every: int = 1) -> None:
+        """Recompute the activations of every ``every``-th layer in the backward pass. Raises ConfigError."""
+        recompute_layers(self.language_model, self.last_layer, every=every)
 
     def _embed_alone(self, prompt: Encoded) -> Tensor:
         """Input embeddings (T, D) of one prompt, on the model's device."""

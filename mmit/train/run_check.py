@@ -155,7 +155,7 @@ def _check_stage(config: RunConfig, name: str, loaded: LoadedModel, report: RunR
             f"was made for {positions}"
         )
     if stage.activation_checkpointing:
-        report.attempt(model.enable_activation_checkpointing)
+        report.attempt(lambda: model.enable_activation_checkpointing(every=int(stage.activation_checkpointing)))
     groups = report.attempt(lambda: model.train_only(stage.train))
     if groups is not None:
         report.trains[name] = table(model, groups)

@@ -68,7 +68,7 @@ def make_engine(config: RunConfig, name: str, loaded: LoadedModel, *, dtype: tor
     stage, model = config.stages[name], loaded.model
     groups = model.train_only(stage.train)
     if stage.activation_checkpointing:
-        model.enable_activation_checkpointing()
+        model.enable_activation_checkpointing(every=int(stage.activation_checkpointing))
     logger.info("%s", table(model, groups))
     model.to(device())
     optimizer = adamw(

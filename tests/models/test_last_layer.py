@@ -131,6 +131,20 @@ def test_a_layer_that_is_computed_again_takes_the_places_of_its_own_forward(buil
         torch.testing.assert_close(gradient, first[name] + second[name], rtol=1e-4, atol=4e-5, msg=name)
 
 
+def test_every_second_layer_is_computed_again_and_no_gradient_changes(build: Build) -> None:
+    loaded = with_language_model(build(), FAMILIES["llama"][0])
+    batch = some_rows(loaded)
+    loaded.model(batch).backward()
+    kept = gradients(loaded.model)
+    loaded.model.enable_activation_checkpointing(every=2)
+    runs: list[int] = []
+    for number, layer in enumerate(loaded.model.language_model.get_submodule("model.layers").children()):
+        layer.get_submodule("mlp").register_forward_pre_hook(lambda *_, number=number: runs.append(number))
+    loaded.model(batch).backward()
+    assert runs == [0, 1, 0]
+    assert all(torch.equal(kept[name], gradient) for name, gradient in gradients(loaded.model).items())
+
+
 def test_no_token_runs_behind_the_last_label_of_its_sample() -> None:
     x = IGNORE
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2], [0, 1, 0, 1, 2, 0, 1]])
