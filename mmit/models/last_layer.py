@@ -95,7 +95,7 @@ def find_last_layer(language_model: PreTrainedModel, kept: Placement) -> LastLay
 
 
 def recompute_layers(language_model: PreTrainedModel, last: LastLayer, *, every: int) -> None:
-    """Let every ``every``-th layer recompute its activations in the backward pass, the first too. Raises ConfigError."""
+    """Let every ``every``-th layer, and the first, recompute its activations backwards. Raises ConfigError."""
     name = type(language_model).__name__
     if not language_model.supports_gradient_checkpointing:
         raise ConfigError(f"activation_checkpointing: {name} does not support it; set it to false")
