@@ -91,14 +91,13 @@ def choose_steps(
 ) -> dict[tuple[str, int], int]:
     """Timed steps of each size and stage, so that a round of all cells fits into ``seconds`` where that is possible.
 
-    From MOST_STEPS down to LEAST_STEPS, the longest runs first; down to 1 where even that is too much.
+    From MOST_STEPS down to LEAST_STEPS, the longest runs first; fewer samples would be too few to group by length.
     """
     steps = {(cell.size, cell.stage): MOST_STEPS for cell in cells}
-    for least in (LEAST_STEPS, 1):
-        while round_seconds(speed, cells, systems, steps, warmup=warmup) > seconds:
-            open_to = [key for key, count in steps.items() if count > least]
-            if not open_to:
-                break
-            longest = max(open_to, key=lambda key: steps[key] * sample_flops(SIZES[key[0]], key[1]))
-            steps[longest] -= 1
+    while round_seconds(speed, cells, systems, steps, warmup=warmup) > seconds:
+        open_to = [key for key, count in steps.items() if count > LEAST_STEPS]
+        if not open_to:
+            break
+        longest = max(open_to, key=lambda key: steps[key] * sample_flops(SIZES[key[0]], key[1]))
+        steps[longest] -= 1
     return steps

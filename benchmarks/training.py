@@ -95,28 +95,32 @@ class Comparison:
         else:
             room = (seconds - made) if options.rounds is None else float("inf")
             steps = choose_steps(speed, self.cells, options.systems, warmup=options.warmup, seconds=room)
-        one = round_seconds(speed, self.cells, options.systems, steps, warmup=options.warmup)
+        for cell in self.cells:
+            self._took[cell] = round_seconds(speed, [cell], options.systems, steps, warmup=options.warmup)
+        first = self._next(1, seconds - made)
+        one = sum(self._took[cell] for cell in first)
         rounds = options.rounds or max(1, min(MOST_ROUNDS, int((seconds - made) / one)))
         chosen = ", ".join(f"{size} stage {stage}: {number}" for (size, stage), number in steps.items())
         print(f"one thread multiplies matrices at {speed.flops / 1e9:.0f} GFLOP/s; a start takes {speed.start:.0f} s")
         print(f"timed steps of 16 samples: {chosen}")
         print(
-            f"a round is {len(self.cells) * len(options.systems)} runs in about {one / 60:.0f} minutes on idle cores; "
+            f"a round is {len(first) * len(options.systems)} runs in about {one / 60:.0f} minutes on idle cores; "
             f"about {(made + rounds * one) / 60:.0f} minutes for {rounds} round{'s'[: rounds > 1]}",
             flush=True,
         )
+        if left_out := [f"{c.size} stage {c.stage} on {c.ranks}" for c in self.cells if c not in first]:
+            print(f"no time for {', '.join(left_out)}: --rounds 1 runs all, --minutes gives more", flush=True)
         return steps
 
     def _next(self, number: int, left: float) -> list[Cell]:
-        """The cells of a round: all that were asked for, or those that fit into the seconds left."""
+        """The cells of a round: all that were asked for, or those that fit into the seconds left, one at least."""
         if self.options.rounds is not None:
             return self.cells if number <= self.options.rounds else []
-        if number == 1:
-            return self.cells
+        cheapest_first = sorted(self.cells, key=self._took.__getitem__) if number <= MOST_ROUNDS else []
         fitting: list[Cell] = []
-        for cell in sorted(self.cells, key=self._took.__getitem__) if number <= MOST_ROUNDS else []:
+        for cell in cheapest_first:
             left -= self._took[cell]
-            if left > 0:
+            if left > 0 or (number == 1 and not fitting):
                 fitting.append(cell)
         return fitting
 
