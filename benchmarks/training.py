@@ -1,7 +1,7 @@
 """Training speed and memory of mmit beside four other ways to train the same model, on this machine's CPU.
 
     python benchmarks/training.py                       about 15 minutes, as many rounds as fit
-    python benchmarks/training.py --rounds 3 --write-docs
+    python benchmarks/training.py --rounds 3 --steps 2 --write-docs
     python benchmarks/training.py --sizes tiny --stages 2 --ranks 1 --systems mmit,trainer --steps 4
 
 All train the same random model on the same samples in the same precision with the same optimizer, one thread per rank.
