@@ -54,7 +54,7 @@ class Zero(Section):
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
     """Where the optimizer state lives: ``cpu`` memory (stages 1 to 3), or files below ``nvme_path`` (stage 3; ZeRO-
     Infinity, arXiv 2104.07857). It is updated on the CPU."""
-    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
+    offload_parameters: Literal["none", "cpu"] = "none"
     """Where parameters lie while they are not used (stage 3)."""
     nvme_path: str | None = None
     """A folder on a local disk for what is offloaded to ``nvme``; it is empty again after the stage."""
@@ -69,11 +69,11 @@ class Zero(Section):
             raise ValueError("offload_optimizer: nvme needs stage 3")
         if self.offload_parameters != "none" and self.stage not in (3, "auto"):
             raise ValueError(f"offload_parameters: {self.offload_parameters} needs stage 3")
-        uses_disk = "nvme" in (self.offload_optimizer, self.offload_parameters)
+        uses_disk = self.offload_optimizer == "nvme"
         if uses_disk and self.nvme_path is None:
             raise ValueError("nvme_path: offloading to nvme needs a folder on a local disk")
         if self.nvme_path is not None and not uses_disk:
-            raise ValueError("nvme_path: nothing is offloaded to it; set offload_optimizer or offload_parameters: nvme")
+            raise ValueError("nvme_path: nothing is offloaded to it; set offload_optimizer: nvme")
         return self
 
     @property

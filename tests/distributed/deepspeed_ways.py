@@ -51,22 +51,12 @@ def ways(nvme: Path | None) -> dict[str, Way]:
     """All that is tried, in the order in which states are handed on; ``nvme``: only what goes to that folder."""
     if nvme is not None:
         disk: dict[str, Any] = {"stage": 3, "nvme_path": str(nvme)}
-        few = {"max_in_cpu": 0, "buffer_size": 2**19, "buffer_count": 8}  # else all stays in memory at this size
-        parameters = {"zero_optimization": {"offload_param": few}}
+        cut = {"zero_optimization": {"sub_group_size": 600_000}}
         return {
             "ZeRO-3, optimizer on disk": Way(Zero(**disk, offload_optimizer="nvme")),
             "ZeRO-3, in memory": Way(Zero(stage=3)),
-            "ZeRO-3, parameters on disk": Way(Zero(**disk, offload_parameters="nvme", extra=parameters)),
-            "ZeRO-3, both on disk": Way(
-                Zero(**disk, offload_optimizer="nvme", offload_parameters="nvme", extra=parameters)
-            ),
-            "ZeRO-3, both on disk, in sub-groups": Way(
-                Zero(
-                    **disk,
-                    offload_optimizer="nvme",
-                    offload_parameters="nvme",
-                    extra={"zero_optimization": {"offload_param": few, "sub_group_size": 600_000}},
-                )
+            "ZeRO-3, optimizer on disk in sub-groups, parameters on CPU": Way(
+                Zero(**disk, offload_optimizer="nvme", offload_parameters="cpu", extra=cut)
             ),
         }
     pieces = {"sub_group_size": 4000, "stage3_param_persistence_threshold": 200, "stage3_prefetch_bucket_size": 1000}
