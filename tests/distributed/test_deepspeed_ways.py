@@ -51,7 +51,7 @@ ON_DISK = [
 ]
 
 TOLERANCES = {
-    # the order of fp32 sums; losses near 6, norms near 8 (of 3 million numbers in the model on disk), weights of up to 1
+    # the order of fp32 sums; losses near 6, norms near 8 (on disk: of 3 million numbers), weights of up to 1
     "fp32": {"loss": 2e-6, "norm": 1e-5, "weights": 5e-7},
     # gradients of ranks and micro-batches are added in 8 bits of mantissa; a bit of a weight below 1 is 2**-8
     "bf16": {"loss": 2e-2, "norm": 5e-3, "weights": 2**-7},
