@@ -14,6 +14,7 @@ class WandB(Section):
     """A run of Weights & Biases (https://wandb.ai) that gets what the log gets."""
 
     project: Annotated[str, Field(min_length=1)]
+    """Its name there; it is made where it does not exist."""
     entity: str = ""
     """The team; empty is your own account's."""
     mode: Literal["online", "offline"] = "online"
@@ -24,6 +25,7 @@ class Trackio(Section):
     """A run of trackio (https://github.com/gradio-app/trackio) that gets what the log gets."""
 
     project: Annotated[str, Field(min_length=1)]
+    """The name under which its page lists the runs."""
     space: str = ""
     """The Hugging Face Space that shows it; empty keeps it on this machine."""
 
