@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -159,8 +160,9 @@ def plan(
     from mmit.train.launch import check_stages
 
     config = load_config(file, overrides)
+    console = Console(width=None if sys.stdout.isatty() else 132)
     for table in summaries(config, check_stages(config, stage), ranks=ranks):
-        Console().print(table)
+        console.print(table)
 
 
 @app.command("cache")

@@ -11,7 +11,9 @@ import typer
 if TYPE_CHECKING:
     from mmit.config import WholeModel
 
-ModelDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="A model directory, or a run's stage folder.")]
+ModelDirectory = Annotated[
+    Path, typer.Argument(metavar="DIR", help="A model directory, a run's stage folder, or a name on the hub.")
+]
 Base = Annotated[str | None, typer.Option(help="Language model of a checkpoint that holds a projector or LoRA only.")]
 Tower = Annotated[str | None, typer.Option(help="Vision tower in the place of the one that a checkpoint names.")]
 Template = Annotated[str, typer.Option(help="Chat template: own, a .jinja file, or a built-in name.")]

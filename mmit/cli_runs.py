@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from mmit.errors import ConfigError
 
 
 def new(
@@ -26,8 +30,8 @@ def plan(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Changes to it.")] = None,
     stage: Annotated[str | None, typer.Option(help="This stage only.")] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="Devices, one rank on each; else those here.")] = None,
-    memory: Annotated[float | None, typer.Option(min=0, help="GiB of a device; else that of those here.")] = None,
-    rate: Annotated[float | None, typer.Option(min=0, help="TFLOP/s of a device; else measured here.")] = None,
+    memory: Annotated[float | None, typer.Option(help="GiB of a device; else that of those here.")] = None,
+    rate: Annotated[float | None, typer.Option(help="TFLOP/s of a device; else measured here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: bytes, tokens, seconds.")] = False,
 ) -> None:
     """Predict peak memory per rank under each ZeRO stage, what fits, and steps and time per epoch; needs no GPU."""
@@ -42,6 +46,9 @@ def plan(
     from mmit.train.plan_table import plan_lines, plan_table
     from mmit.train.planner import Machine, plan_run
 
+    for option, given in (("--memory", memory), ("--rate", rate)):
+        if given is not None and not 0 < given < math.inf:
+            raise ConfigError(f"{option} {given:g}: is no size of a device; give a number above 0, or leave it out")
     config = load_config(file, overrides)
     stages = check_stages(config, stage)
     machine = Machine.given(ranks=gpus, gib=memory, rate=rate)
@@ -51,11 +58,11 @@ def plan(
         return
     from rich.console import Console
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 132)
     for one in plans:
-        console.print(plan_table(one), width=None if console.is_terminal else 132)
+        console.print(plan_table(one, width=console.width))
         for line in plan_lines(one):
-            console.print(line, markup=False)
+            console.print(line, markup=False, soft_wrap=True)
 
 
 def report(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -23,8 +24,12 @@ def read(path: Path, overrides: list[str]) -> RunConfig:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; a run file is a YAML such as those in configs/") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as text: {error}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a folder; a run file is a YAML such as those in configs/") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is no text in UTF-8; a run file is a YAML such as those in configs/") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     return parse(text, source=str(path), overrides=overrides).read_from(path)
 
 
@@ -39,15 +44,14 @@ def parse(text: str, *, source: str, overrides: list[str]) -> RunConfig:
         place = f" line {where.line + 1} column {where.column + 1}" if where else ""
         raise ConfigError(f"{source}:{place} is not YAML: {getattr(error, 'problem', None) or error}") from None
     if not isinstance(content, dict):
-        raise ConfigError(
-            f"{source}: a run file holds keys such as name, model and stages, not a bare {type(content).__name__}"
-        )
+        found = "and this one is empty" if content is None else f"not a bare {type(content).__name__}"
+        raise ConfigError(f"{source}: a run file holds keys such as name, model and stages, {found}")
     for override in overrides:
         _apply(content, override)
     try:
         return RunConfig.model_validate(content)
     except ValidationError as error:
-        lines = [_sentence(details) for details in error.errors()]
+        lines = _sentences(error.errors())
         many = f"{len(lines)} mistakes" if len(lines) > 1 else "one mistake"
         raise ConfigError(f"{source}: {many}\n" + "\n".join(f"  {line}" for line in lines)) from None
 
@@ -121,22 +125,37 @@ def _position(here: list[Any], name: str, path: str) -> int:
     return int(name)
 
 
-def _sentence(details: ErrorDetails) -> str:
-    path = ".".join(str(part) for part in _without_tags(details["loc"]))
+def _sentences(mistakes: Sequence[ErrorDetails]) -> list[str]:
+    """One for each key; what each kind of value that a key takes objects to (``3`` or ``auto``) is told together."""
+    by_path: dict[str, list[str]] = {}
+    for details in mistakes:
+        told = by_path.setdefault(".".join(map(str, _without_tags(details["loc"]))), [])
+        message = _message(details)
+        told.append(message.removeprefix("input should be ") if told else message)
+    given = {".".join(map(str, _without_tags(details["loc"]))): _given(details) for details in mistakes}
+    return [(f"{path}: " if path else "") + ", or ".join(told) + given[path] for path, told in by_path.items()]
+
+
+def _message(details: ErrorDetails) -> str:
     message = details["msg"].removeprefix("Value error, ")
-    given = details.get("input")
     match details["type"]:
         case "extra_forbidden":
             key = str(details["loc"][-1])
-            near = difflib.get_close_matches(key, sorted(_keys_at(details["loc"][:-1])), n=1, cutoff=0.5)
-            return f"{path}: unknown key" + (f" - did you mean '{near[0]}'?" if near else "")
+            near = difflib.get_close_matches(key, sorted(_keys_at(details["loc"][:-1])), n=1, cutoff=0.6)
+            return "unknown key" + (f" - did you mean '{near[0]}'?" if near else "")
         case "missing":
-            return f"{path}: missing"
+            return "missing"
         case "unknown_type" | "value_error":
-            return f"{path}: {message}" if path else message
+            return message
+        case "dict_type" | "model_type":
+            return "keys and values belong below it"
         case _:
-            shown = f" (given: {given!r})" if not isinstance(given, dict | list) else ""
-            return f"{path}: {message[:1].lower()}{message[1:]}{shown}"
+            return f"{message[:1].lower()}{message[1:]}"
+
+
+def _given(details: ErrorDetails) -> str:
+    told = details["type"] in ("extra_forbidden", "missing", "unknown_type", "value_error")
+    return "" if told or isinstance(details.get("input"), dict | list) else f" (given: {details['input']!r})"
 
 
 def _without_tags(location: tuple[int | str, ...]) -> list[int | str]:
@@ -146,6 +165,9 @@ def _without_tags(location: tuple[int | str, ...]) -> list[int | str]:
         branches = _branches(annotation)
         if part in branches:
             annotation = branches[part]
+            continue
+        if _is_plain_union(annotation):  # pydantic names the kind of value that it tried
+            annotation = None
             continue
         path.append(part)
         annotation = _below(annotation, part)
@@ -173,6 +195,14 @@ def _branches(annotation: Any) -> dict[int | str, Any]:  # noqa: ANN401  (a type
         for item in get_args(member)[1:]
         if isinstance(item, Tag)
     }
+
+
+def _is_plain_union(annotation: Any) -> bool:  # noqa: ANN401  (a type expression)
+    """Whether several kinds of values are taken, such as a number or a word."""
+    if get_origin(annotation) is Annotated:
+        return _is_plain_union(get_args(annotation)[0])
+    kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
+    return get_origin(annotation) in (Union, types.UnionType) and len(kinds) > 1
 
 
 def _below(annotation: Any, part: int | str) -> Any:  # noqa: ANN401  (a type expression)

@@ -262,3 +262,22 @@ def test_a_mixture_by_weight_with_subsets_is_understood() -> None:
     mix = [{"shards": "a", "weight": 3, "subset": "random 1%"}, capped]
     data = Data.model_validate({"mix": mix, "samples_per_epoch": 100})
     assert [source.weight for source in data.mix] == [3, 1]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (
+            "stages.align.zero.stage=7",
+            "stages.align.zero.stage: input should be less than or equal to 3, or 'auto' (given: 7)",
+        ),
+        ("stages.align=3", "stages.align: keys and values belong below it (given: 3)"),
+    ],
+)
+def test_a_key_that_takes_several_kinds_of_values_is_told_once(override: str, words: str) -> None:
+    assert mistakes(RUN, override) == ["run.yaml: one mistake", f"  {words}"]
+
+
+def test_a_folder_in_place_of_a_run_file_is_told_as_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a folder; a run file is a YAML"):
+        load_config(tmp_path)

@@ -40,7 +40,7 @@ class WholeModel(Section):
     """A model that exists, in any of the formats of docs/checkpoints.md."""
 
     path: str
-    """The model directory, or a run's stage folder."""
+    """The model directory, a run's stage folder, or a name on the hub (``llava-hf/llava-1.5-7b-hf``)."""
     template: str = "own"
     """Chat template: ``own`` (the one the directory carries), a ``.jinja`` file, or a built-in name."""
     base: str | None = None

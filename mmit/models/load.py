@@ -22,6 +22,7 @@ from mmit.models.connectors import Connector, build_connector, instruction_reade
 from mmit.models.encoders import LayeredTower, VisionEncoder, encoders_of
 from mmit.models.formats import Contents, Format, detect, read_contents
 from mmit.models.formats.contents import Json, buildable
+from mmit.models.formats.places import model_from_hub
 from mmit.models.hub_files import feature_layer, select_strategy
 from mmit.models.language_models import frame_language_model, grow_embeddings, token_table
 from mmit.models.loaded import LoadedModel
@@ -181,13 +182,12 @@ def _is_step(folder: Path) -> bool:
 
 
 def find_model_directory(path: Path | str) -> Path:
-    """The model directory that ``path`` means: itself, a stage's ``model/``, or its newest complete checkpoint's.
+    """The model directory that ``path`` means: itself, a stage's ``model/``, its newest complete checkpoint's, or the
+    copy of what has that name on the hub.
 
     Raises CheckpointError where there is none.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise CheckpointError(f"there is no model directory {path}")
+    path = Path(path) if Path(path).is_dir() else model_from_hub(str(path))
     complete = sorted(
         (mark.parent for mark in path.glob(f"checkpoints/step-*/{MARKER}") if _is_step(mark.parent)),
         key=lambda folder: int(folder.name.removeprefix("step-")),

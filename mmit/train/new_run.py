@@ -32,6 +32,8 @@ def write_new_run(file: Path, model: str, sets: Sets) -> list[str]:
     """Write the run file and give what is to be told about it. Raises MmitError subclasses; ``file`` must not exist."""
     if file.exists():
         raise ConfigError(f"{file}: exists; name another file, or remove it")
+    if sets.held_out and Path(sets.held_out).resolve() == Path(sets.data).resolve():
+        raise ConfigError(f"--held-out {sets.held_out}: is what is trained on; leave it out, and a part is kept apart")
     samples, lengths, refused = _measured(model, sets.data)
     apart = 0 if sets.held_out else held_out(samples)
     chosen = choose(samples - apart, lengths)

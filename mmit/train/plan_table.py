@@ -18,22 +18,31 @@ ASSUMED_SHARE = 0.4
 GIB = 2**30
 
 
-def plan_table(plan: StagePlan) -> Table:
-    """A line for each way to train the stage: GiB of a rank by what they are for, and the tokens that fit."""
+WIDE = 114
+"""Characters of a line that shows all columns."""
+
+
+def plan_table(plan: StagePlan, *, width: int) -> Table:
+    """A line for each way to train the stage: GiB of a rank by what they are for, and the tokens that fit.
+
+    width: characters of a line; below WIDE only what the parts come to is shown, and said so.
+    """
     row = plan.workload.row
     title = (
         f"stage {plan.name}: peak GiB of each of {plan.machine.ranks} ranks; rows of {row.tokens} tokens ({row.tiles} "
         f"tiles, {row.trained} trained), {plan.stage.batch.rows_per_micro_batch} at a time"
     )
-    table = Table(title=title)
+    whole = width >= WIDE
+    table = Table(title=title, caption=None if whole else f"{WIDE} characters in a line show what the peak is made of")
     table.add_column("way", no_wrap=True)
-    columns = (*COLUMNS, "rest", "peak", "host", *(["tokens that fit"] if plan.machine.memory else []))
-    for column in columns:
+    shown = (*COLUMNS, "rest") if whole else ()
+    for column in (*shown, "peak", "host", *(["tokens that fit"] if plan.machine.memory else [])):
         table.add_column(column, justify="right")
     for choice in plan.choices:
         parts = choice.memory.parts
-        cells = [_gib(parts.get(column, 0)) for column in COLUMNS]
-        cells += [_gib(choice.rest), _gib(choice.bytes), _gib(choice.memory.host)]
+        sizes = {**parts, "rest": choice.rest}
+        cells = [_gib(sizes.get(column, 0)) for column in shown]
+        cells += [_gib(choice.bytes), _gib(choice.memory.host)]
         if plan.machine.memory:
             cells.append(f"{choice.tokens:,}" if choice.tokens else "none")
         is_best = plan.machine.memory and choice is plan.best

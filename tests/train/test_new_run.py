@@ -45,6 +45,8 @@ def test_a_held_out_set_leaves_all_samples_to_train_on(tmp_path: Path, model: st
     assert (stage.evaluate.mix[0].shards, stage.evaluate.text) == ("elsewhere", "probe")
     with pytest.raises(ConfigError, match="exists; name another file"):
         write_new_run(tmp_path / "run.yaml", model, Sets(data=data))
+    with pytest.raises(ConfigError, match="is what is trained on"):
+        write_new_run(tmp_path / "other.yaml", model, Sets(data=data, held_out=data))
 
 
 def test_a_table_in_place_of_shards_is_refused_with_what_to_do(tmp_path: Path, model: str) -> None:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from mmit.cli import app
 from mmit.config import ComposedModel, RunConfig, load_config
+from mmit.errors import ConfigError
 from mmit.models import LoadedModel, begin_adapter, build_model
 from mmit.models.activations import ActivationPeak, RowLoad, activation_peak, likely_last_layer, worst_batch
 from mmit.models.live_tensors import LiveTensors
@@ -144,6 +145,9 @@ def test_the_command_tells_ways_and_overrides(section: dict[str, Any], tmp_path:
     assert "ZeRO-3 + offload all + recompute" in told.output
     assert "stages.s.zero.stage=0 stages.s.zero.offload_optimizer=none" in told.output
     assert "no data yet" in told.output
+    assert max(map(len, told.output.splitlines())) > 80, "a pipe gets every column"
+    with pytest.raises(ConfigError, match="--memory inf: is no size of a device"):
+        CliRunner().invoke(app, ["plan", str(config.file), "--memory", "inf"], catch_exceptions=False)
     found = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
     assert [way["zero_stage"] for way in found[0]["ways"]][:4] == [0, 1, 2, 3]
     # what is told can be said to the command again

@@ -1,7 +1,8 @@
-"""Where the parts lie that a checkpoint only names: a language model or a vision tower, here or on the hub."""
+"""Where models lie that are only named: whole ones, and the parts a checkpoint goes with; here or on the hub."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -11,6 +12,10 @@ from mmit.errors import CheckpointError
 
 _DESCRIPTIONS = ("*.json", "*.txt", "*.jinja", "tokenizer.model")
 _WEIGHTS = ("*.safetensors", "*.bin")
+_BESIDE_WEIGHTS = ("mm_projector.bin", "non_lora_trainables.bin")
+"""What LLaVA's original code saves beside an adapter, in whatever form that is."""
+_NOT_FETCHED = (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError)
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def local_directory(name: str, beside: Path) -> Path | None:
@@ -31,16 +36,41 @@ def part_directory(name: str, beside: Path, *, remedy: str, weights: bool = True
     if not name or name.startswith((".", "/", "~")):
         raise CheckpointError(f"there is no directory '{name}'; {remedy}")
     try:
-        directory = Path(snapshot_download(name, allow_patterns=list(_DESCRIPTIONS)))
-        if weights:
-            # many repositories hold the same weights twice
-            for pattern in _WEIGHTS:
-                directory = Path(snapshot_download(name, allow_patterns=pattern))
-                if any(directory.glob(pattern)):
-                    break
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
+        return _fetched(name, weights=weights)
+    except _NOT_FETCHED as error:
         raise CheckpointError(
-            f"'{name}' is no directory and cannot be fetched from the hub ({reason}); {remedy}"
+            f"'{name}' is no directory and cannot be fetched from the hub ({_first_line(error)}); {remedy}"
         ) from error
+
+
+def model_from_hub(name: str) -> Path:
+    """The directory of a whole model that is named as on the hub (``llava-hf/llava-1.5-7b-hf``), fetched if need be.
+
+    A path below a folder of this machine is no such name. Raises CheckpointError for that, and where the hub does not
+    give it.
+    """
+    if not _HUB_NAME.fullmatch(name) or Path(name).parent.is_dir():
+        told = ", but a file of this name" if Path(name).is_file() else ""
+        raise CheckpointError(f"there is no model directory {name}{told}")
+    try:
+        return _fetched(name, weights=True)
+    except _NOT_FETCHED as error:
+        raise CheckpointError(
+            f"there is no model directory {name}, and the hub does not give a model of this name "
+            f"({_first_line(error)}); name a directory, or fetch it where there is a network"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def _fetched(name: str, *, weights: bool) -> Path:
+    directory = Path(snapshot_download(name, allow_patterns=[*_DESCRIPTIONS, *_BESIDE_WEIGHTS]))
+    if weights:
+        # many repositories hold the same weights twice
+        for pattern in _WEIGHTS:
+            directory = Path(snapshot_download(name, allow_patterns=pattern))
+            if any(directory.glob(pattern)):
+                break
     return directory
