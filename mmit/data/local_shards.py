@@ -26,6 +26,8 @@ def check_present(path: str | Path) -> None:
 def local_set(path: str | Path) -> tuple[Path, list[Path], Manifest | None]:
     """Where a set lies on this machine, its tars, and what its manifest says. Raises DataError where there is none."""
     location = Path(str(path).removeprefix("file://")).expanduser()
+    if location.is_file() and location.suffix != ".tar":
+        raise DataError(f"{path}: is no set of shards; make one with `mmit data convert {path} --out DIR`")
     directory = location if location.is_dir() else location.parent
     manifest = Manifest.read(location) if (location / MANIFEST).is_file() else None
     if manifest is not None:

@@ -62,8 +62,6 @@ def _measured(model: str, data: str) -> tuple[int, Lengths, list[str]]:
     from mmit.models import read_outline
     from mmit.train.feed import make_encode
 
-    if Path(data).is_file() and Path(data).suffix != ".tar":
-        raise DataError(f"{data}: is no set of shards; make one with `mmit data convert {data} --out DIR`")
     shards = open_source(data)
     outline = read_outline(WholeModel(path=model))
     encode = make_encode(Data(mix=[Source(shards=data)]), outline)

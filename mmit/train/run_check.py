@@ -112,6 +112,8 @@ def _check_data(config: RunConfig, name: str, report: RunReport) -> None:
     stage = config.stages[name]
     for source in (*stage.data.mix, *(stage.evaluate.mix if stage.evaluate is not None else ())):
         report.attempt(lambda source=source: check_present(location(source, beside=config.file)))
+    if stage.evaluate is not None and stage.evaluate.text not in ("none", "probe"):
+        report.attempt(lambda text=stage.evaluate.text: check_present(text))
 
 
 def _check_attention(stage: Stage, name: str, model: VisionLanguageModel, report: RunReport, precision: str) -> None:

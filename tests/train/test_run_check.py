@@ -192,16 +192,22 @@ def test_data_that_is_not_there_is_told(tmp_path: Path) -> None:
     cut = tmp_path / "cut"
     cut.mkdir()
     (cut / "manifest.json").write_text("{")
-    mixes = [[{"shards": str(tmp_path / "none")}], [{"shards": str(cut)}], [{"recipe": "no_such_recipe"}]]
+    table = tmp_path / "table.csv"
+    table.touch()
+    absent = [tmp_path / "none", cut, table]
+    mixes = [*([{"shards": str(shards)}] for shards in absent), [{"recipe": "no_such_recipe"}]]
     path = run_file(
         tmp_path,
         model,
         **{f"s{number}": {"train": {"connector": 1e-3}, "data": {"mix": mix}} for number, mix in enumerate(mixes)},
     )
-    missing, broken, recipe = checked(path).mistakes
+    missing, broken, no_shards, recipe = checked(path).mistakes
     assert missing == f"{tmp_path / 'none'}: no shards (*.tar) here"
     assert broken.startswith(f"{cut / 'manifest.json'}")
+    assert no_shards == f"{table}: is no set of shards; make one with `mmit data convert {table} --out DIR`"
     assert "no_such_recipe" in recipe
+    text = load_config(path, ["stages.s0.evaluate={mix: [{recipe: no_such_recipe}], text: nowhere}"])
+    assert "nowhere: no shards (*.tar) here" in check_run(text).mistakes
     assert check_run(load_config(path), data=False).mistakes == []
 
 
