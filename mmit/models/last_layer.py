@@ -88,7 +88,7 @@ def find_last_layer(language_model: PreTrainedModel, kept: Placement) -> LastLay
 
     Mixtures of experts stay whole: their layers also count what every position asks for.
     """
-    layers = _layers(language_model)
+    layers = layers_of(language_model)
     if has_experts(language_model) or not layers:
         return LastLayer(())
     return LastLayer(_free_to_choose(language_model, layers[-1], kept))
@@ -101,7 +101,7 @@ def recompute_layers(language_model: PreTrainedModel, last: LastLayer, *, every:
         raise ConfigError(f"activation_checkpointing: {name} does not support it; set it to false")
     how = {"use_reentrant": False, "context_fn": last.recomputing}
     language_model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
-    layers = _layers(language_model)
+    layers = layers_of(language_model)
     if every > 1 and not (layers and all(isinstance(layer, GradientCheckpointingLayer) for layer in layers)):
         raise ConfigError(f"activation_checkpointing: {name} recomputes all of its layers or none; set it to true")
     for number, layer in enumerate(layers):
@@ -109,7 +109,8 @@ def recompute_layers(language_model: PreTrainedModel, last: LastLayer, *, every:
             layer.__dict__["gradient_checkpointing"] = False
 
 
-def _layers(language_model: PreTrainedModel) -> list[nn.Module]:
+def layers_of(language_model: PreTrainedModel) -> list[nn.Module]:
+    """The layers in their order; none where the model does not keep them in one list."""
     depth = getattr(language_model.config.get_text_config(), "num_hidden_layers", 0)
     lists = [module for module in language_model.base_model.modules() if isinstance(module, nn.ModuleList)]
     found = [list(module) for module in lists if len(module) == depth]

@@ -16,6 +16,7 @@ from mmit.data.local_shards import check_present
 from mmit.errors import ConfigError, MmitError
 from mmit.models import LoadedModel, VisionLanguageModel, build_model, load_weights
 from mmit.models.attention_choice import why_not_ever, why_not_here
+from mmit.models.compiled import why_not_compiled
 from mmit.models.encoders import build_encoder
 from mmit.models.language_models import read_language_model
 from mmit.models.placement import SHAPES, placed
@@ -158,6 +159,10 @@ def _check_stage(config: RunConfig, name: str, loaded: LoadedModel, report: RunR
         )
     if stage.activation_checkpointing:
         report.attempt(lambda: model.enable_activation_checkpointing(every=int(stage.activation_checkpointing)))
+    if stage.compile:
+        attention = model.attention if stage.attention == "auto" else stage.attention
+        if reason := why_not_compiled(model.language_model, attention=attention):
+            report.mistakes.append(f"stages.{name}.compile: {reason}; set it to false")
     groups = report.attempt(lambda: model.train_only(stage.train))
     if groups is not None:
         report.trains[name] = table(model, groups)

@@ -13,7 +13,7 @@ from mmit.errors import ConfigError
 
 if TYPE_CHECKING:
     from mmit.data import Plan
-    from mmit.models import LoadedModel
+    from mmit.models import LoadedModel, VisionLanguageModel
     from mmit.models.absent import AbsentTower
     from mmit.train.engine import Engine
 
@@ -71,12 +71,27 @@ def make_engine(config: RunConfig, name: str, loaded: LoadedModel, *, dtype: tor
         model.enable_activation_checkpointing(every=int(stage.activation_checkpointing))
     logger.info("%s", table(model, groups))
     model.to(device())
+    if stage.compile:
+        _compile(model, stage, name)
     optimizer = adamw(
         parameter_groups(model, groups, weight_decay=stage.optim.weight_decay),
         betas=stage.optim.betas,
         eps=stage.optim.eps,
     )
     return Engine(model, optimizer, _engine_settings(config, name, dtype), dtype=dtype)
+
+
+def _compile(model: VisionLanguageModel, stage: Stage, name: str) -> None:
+    from mmit.models.compiled import compile_layers
+
+    if stage.zero.number == 3:
+        raise ConfigError(
+            f"stages.{name}.compile: zero.stage auto is 3 here, and layers in pieces are not compiled; set it to false"
+        )
+    try:
+        compile_layers(model.language_model, attention=model.attention)
+    except ConfigError as error:
+        raise ConfigError(f"stages.{name}.{error}") from None
 
 
 def announce(config: RunConfig, name: str, plan: Plan) -> None:
