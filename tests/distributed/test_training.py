@@ -84,6 +84,7 @@ def test_kill_minus_nine_of_everything_leaves_no_rank_behind_and_a_damaged_check
     run_file: Path, tmp_path: Path
 ) -> None:
     words = ("train", str(run_file), f"output={tmp_path}", "--stage", "align", "stages.align.epochs=400")
+    words += ("stages.align.spike.limit=100000",)
     folder = tmp_path / "align"
     started = start_and_wait_for_step(folder, 5, *words)
     second = mmit(*words)  # two of the same at once
