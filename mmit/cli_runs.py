@@ -90,7 +90,7 @@ def diff(
     if as_json:
         typer.echo(json.dumps([asdict(one) for one in found], indent=1, default=str))
     elif not found:
-        typer.echo(f"{first} and {second}: no difference")
+        typer.echo(f"{first} and {second}: no difference in what is known of both")
     else:
         from rich.console import Console
 
