@@ -61,6 +61,7 @@ class Case:
             "train": dict.fromkeys(parts, 1e-5),
             "data": {"mix": [{"shards": "none"}]},
             "batch": {"length": self.length, "tokens_per_step": self.length * self.rows},
+            "zero": {"stage": 0},
             **self.settings,
         }
         return RunConfig.model_validate(
