@@ -167,7 +167,7 @@ def test_padded_batches_hold_the_tokens_that_mmit_trains(
     assert int((batch["labels"] != -100).sum()) == sum(trained for _, trained in expected.values())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_deepspeed_loop_tells_its_steps_and_counts(
     tasks: dict[int, tuple[Task, dict[str, tuple[int, int]]]], tmp_path: Path
 ) -> None:

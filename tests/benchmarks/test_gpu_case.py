@@ -71,7 +71,7 @@ def test_kernels_are_told_by_their_names() -> None:
     assert kind_of("vectorized_layer_norm_kernel") == "element-wise and norms"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_case_runs_in_a_process_of_its_own_and_gives_a_report() -> None:
     asked: dict[str, Any] = {
         "size": "toy",

@@ -91,6 +91,7 @@ def test_three_steps_are_those_of_plain_torch(result: Any, way: str) -> None:
     check(result, way)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("way", ON_DISK)
 def test_three_steps_are_those_of_plain_torch_with_what_lies_on_disk(request: Any, way: str) -> None:
     """Where DeepSpeed's async_io builds; where not, the run is refused (tests/train/test_offload.py)."""

@@ -86,6 +86,7 @@ def test_torchrun_trains_a_stage(run_file: Path, by_slurm: str, tmp_path: Path) 
     assert [line["step"] for line in metrics(tmp_path / "instruct")] == [1]
 
 
+@pytest.mark.long
 def test_torchrun_trains_on_two_hosts_and_when_the_cable_is_pulled_each_ends_and_names_the_other(
     run_file: Path, by_slurm: str, tmp_path: Path
 ) -> None:

@@ -42,6 +42,7 @@ def rows(loaded: LoadedModel) -> list[Batch]:
 
 
 # torch's compiler asks every tensor for its gradient, also those that keep none
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_compiled_layers_give_the_plain_loss_and_gradients_and_are_compiled_once_for_all_lengths(
     build: Build, compiler: None
