@@ -94,7 +94,7 @@ def test_torchrun_trains_on_two_hosts_and_when_the_cable_is_pulled_each_ends_and
     assert by_slurm
     rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "host-a:29500", "--nnodes", "2", "--nproc_per_node", "1"]
     words = [str(Path(sys.executable).parent / "torchrun"), *rendezvous, "-m", "mmit", "train", str(run_file), *PLAN]
-    words += ["--stage", "align", f"output={tmp_path / 'run'}", "launch.stall_seconds=5"]
+    words += ["--stage", "align", f"output={tmp_path / 'run'}", "launch.stall_seconds=10"]
     folder = tmp_path / "run" / "align"
     logs = [tmp_path / "host-a.log", tmp_path / "host-b.log"]
     named = ["rank 1 on host-b has not been heard", "rank 0 on host-a has not been heard"]
