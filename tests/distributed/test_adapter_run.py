@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from mmit.models import merge_directory
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from mmit.evaluate.accuracy import ask_all
 from mmit.evaluate.losses import answer_loss
 from mmit.models import load_model
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 def test_the_log_tells_losses_answers_and_updates_and_training_stays_the_same(tmp_path: Path) -> None:

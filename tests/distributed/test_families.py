@@ -132,6 +132,7 @@ def stepped(parts: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_under_zero_3_equals_the_plain_one(stepped: dict[str, Any], family: str) -> None:
     # only the order of fp32 sums may differ

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from mmit.models import load_model
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 def test_two_ranks_make_features_train_without_a_tower_and_go_on_after_kill_minus_nine(tmp_path: Path) -> None:

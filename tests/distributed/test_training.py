@@ -80,6 +80,7 @@ def test_a_run_that_is_stopped_and_killed_equals_one_that_is_not(run_file: Path,
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+@pytest.mark.long
 def test_kill_minus_nine_of_everything_leaves_no_rank_behind_and_a_damaged_checkpoint_is_set_aside(
     run_file: Path, tmp_path: Path
 ) -> None:
@@ -112,6 +113,7 @@ def test_kill_minus_nine_of_everything_leaves_no_rank_behind_and_a_damaged_check
     assert steps == list(range(1, len(steps) + 1))
 
 
+@pytest.mark.long
 def test_a_run_goes_on_with_other_ranks_zero_stages_and_micro_batches(
     run_file: Path, aligned: Path, tmp_path: Path
 ) -> None:
@@ -224,6 +226,7 @@ def test_deepspeeds_own_launcher_trains_the_next_stage_from_a_hostfile(run_file:
         torch.testing.assert_close(ours.logits(batch), theirs(input_ids=ids).logits, rtol=0, atol=1e-4)
 
 
+@pytest.mark.long
 def test_bf16_trains_under_zero_2(run_file: Path, tmp_path: Path) -> None:
     changes = (f"output={tmp_path}", "precision=bf16", "stages.align.max_steps=2", "stages.align.log.tensorboard=true")
     done = mmit("train", str(run_file), *changes, "--stage", "align")
