@@ -12,7 +12,7 @@ import pytest
 from ranks import run_ranks
 from runs import make_run
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+pytestmark = pytest.mark.slow
 
 SETTINGS = [
     "zero-3 activation checkpointing",

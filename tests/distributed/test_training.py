@@ -113,7 +113,6 @@ def test_kill_minus_nine_of_everything_leaves_no_rank_behind_and_a_damaged_check
     assert steps == list(range(1, len(steps) + 1))
 
 
-@pytest.mark.long
 def test_a_run_goes_on_with_other_ranks_zero_stages_and_micro_batches(
     run_file: Path, aligned: Path, tmp_path: Path
 ) -> None:
