@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import os
 import signal
+import sys
+import time
 from collections.abc import Generator, Iterator
+from types import TracebackType
 from typing import TypeVar
 
 import torch
@@ -23,7 +27,7 @@ def made_ahead(items: Dataset[Item], *, workers: int, ahead: int = 2) -> Generat
         batch_size=None,
         num_workers=workers,
         prefetch_factor=max(2, ahead) if workers else None,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_serve_the_rank,
         pin_memory=torch.cuda.is_available(),
         in_order=True,
     )
@@ -43,11 +47,28 @@ def made_ahead(items: Dataset[Item], *, workers: int, ahead: int = 2) -> Generat
         atexit.unregister(made.clear)
 
 
-def _ignore_signals(worker: int) -> None:
-    """Keep workers alive through Ctrl-C and a scheduler's SIGTERM, which reach the whole process group.
+def _serve_the_rank(worker: int) -> None:
+    """Keep a worker alive through Ctrl-C and a scheduler's SIGTERM, which reach the whole process group, and silent
+    about the end of its rank.
 
-    The rank needs them to finish its step. They end when the loader is closed, and notice when the rank is gone.
+    The rank needs its workers to finish its step. They end when the loader is closed, and notice when the rank is gone.
     """
     del worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    rank, report = os.getppid(), sys.excepthook
+
+    def report_unless_alone(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not (isinstance(error, ConnectionError | EOFError) and _is_gone(rank)):
+            report(kind, error, trace)
+
+    # called by multiprocessing's thread that hands tensors to the rank, when the rank is killed while it takes one
+    sys.excepthook = report_unless_alone
+
+
+def _is_gone(rank: int) -> bool:
+    """Whether this process has lost ``rank``, its parent, whose connections close a moment before it ends."""
+    patience = time.monotonic() + 1
+    while os.getppid() == rank and time.monotonic() < patience:
+        time.sleep(0.01)
+    return os.getppid() != rank

@@ -185,28 +185,46 @@ class Run:
         return float(all_reduce_sum(loss)) / trained, norm
 
 
-def try_way(config: Any, way: Way, expected: Course, before: Path, after: Path) -> dict[str, float]:
-    """Two steps from the start, saved to ``after``; a third on the state in ``before``, or in ``after``."""
+State = tuple[Path, dict[str, torch.Tensor]]
+"""A saved state, and the weights that it is of."""
+
+
+def try_way(
+    config: Any, way: Way, expected: Course, before: State | None, after: Path
+) -> tuple[dict[str, float], State]:
+    """Two steps from the start, saved to ``after``; a third on the state of ``before``, or on its own.
+
+    Gives what was found, and the state that was saved.
+    """
     started = Run(config, way)
     made = [started.step() for _ in range(STEPS - 1)]
     taken = engine_state.take(started.engine, copies=True)
+    saved = (after, copy_of(started.engine))
     started.step()  # a copy stays what it was
     taken.write(after)
     torch.distributed.barrier()
     del started
     going_on = Run(config, way)
-    source = before if before.exists() else after
+    source, wanted_bits = before or saved
     engine_state.load(going_on.engine, source)
+    loaded = copy_of(going_on.engine)
     steps = optimizer_steps(going_on.engine)
     made.append(going_on.step())
-    weights = {name: value.clone() for name, value in going_on.engine.weights()}
+    weights = copy_of(going_on.engine)
     off = [float((weights[name].float() - value).abs().max()) for name, value in expected.weights.items() if weights]
-    return {
+    found = {
         "loss": max(abs(loss - wanted) for (loss, _), wanted in zip(made, expected.losses, strict=True)),
         "norm": max(abs(norm - wanted) / wanted for (_, norm), wanted in zip(made, expected.norms, strict=True)),
         "weights": max(off, default=0.0),
         "steps": steps,
+        "same bits": loaded.keys() == wanted_bits.keys()
+        and all(torch.equal(loaded[name], value) for name, value in wanted_bits.items()),
     }
+    return found, saved
+
+
+def copy_of(engine: Engine) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in engine.weights()}
 
 
 def overflowing(config: Any, folder: Path) -> dict[str, Any]:
@@ -245,14 +263,12 @@ def main(run_file: str, nvme: str = "") -> None:
     chosen = ways(Path(nvme) if nvme else None)
     result: dict[str, Any] = {}
     courses: dict[str, Course] = {}
-    before = folder / "none"
+    before: State | None = None
     for number, (name, way) in enumerate(chosen.items()):
         if way.precision not in courses:
             courses[way.precision] = plain_course(config, way.precision)
-            before = folder / "none"
-        after = folder / str(number)
-        result[name] = try_way(config, way, courses[way.precision], before, after)
-        before = after
+            before = None
+        result[name], before = try_way(config, way, courses[way.precision], before, folder / str(number))
     start = build_model(config.model, dtype=torch.float32, seed=0).model.state_dict()
     ended = courses["fp32"].weights
     result["moved"] = max(float((start[name] - ended[name]).abs().max()) for name in ended)

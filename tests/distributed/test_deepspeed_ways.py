@@ -18,6 +18,9 @@ from ranks import run_ranks
 from runs import make_run
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from mmit.config import Zero
+from mmit.errors import ConfigError
+from mmit.train import nvme
 from mmit.train.nvme import can_build
 
 pytestmark = pytest.mark.slow
@@ -51,8 +54,10 @@ ON_DISK = [
 ]
 
 TOLERANCES = {
-    # the order of fp32 sums; losses near 6, norms near 8 (on disk: of 3 million numbers), weights of up to 1
-    "fp32": {"loss": 2e-6, "norm": 1e-5, "weights": 5e-7},
+    # the order of fp32 sums; losses near 6, norms near 8, weights of up to 1
+    "fp32": {"loss": 2e-6, "norm": 1e-6, "weights": 3e-7},
+    # the same for norms of 3 million numbers, which torch and DeepSpeed add up in another order
+    "disk": {"loss": 2e-6, "norm": 1e-5, "weights": 3e-7},
     # gradients of ranks and micro-batches are added in 8 bits of mantissa; a bit of a weight below 1 is 2**-8
     "bf16": {"loss": 2e-2, "norm": 5e-3, "weights": 2**-7},
     # the same in 11 bits
@@ -60,8 +65,8 @@ TOLERANCES = {
 }
 
 
-def precision_of(way: str) -> str:
-    return way[:4] if way[:4] in TOLERANCES else "fp32"
+def tolerances_of(way: str) -> dict[str, float]:
+    return TOLERANCES["disk" if way in ON_DISK else way[:4] if way[:4] in TOLERANCES else "fp32"]
 
 
 @pytest.fixture(scope="module")
@@ -94,14 +99,18 @@ def test_three_steps_are_those_of_plain_torch(result: Any, way: str) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("way", ON_DISK)
 def test_three_steps_are_those_of_plain_torch_with_what_lies_on_disk(request: Any, way: str) -> None:
-    """Where DeepSpeed's async_io builds; where not, the run is refused (tests/train/test_offload.py)."""
+    """Where DeepSpeed's async_io builds; where not, the way is refused."""
     if can_build():
         check(request.getfixturevalue("on_disk"), way)
+    else:
+        with pytest.raises(ConfigError, match="needs DeepSpeed's async_io, which does not build here"):
+            nvme.prepare(Zero(stage=3, offload_optimizer="nvme", nvme_path="swap"), where="stages.a.zero")
 
 
 def check(result: Mapping[str, Any], way: str) -> None:
     assert result["moved"] > 1e-2
-    tolerances, found = TOLERANCES[precision_of(way)], result[way]
+    tolerances, found = tolerances_of(way), result[way]
+    assert found["same bits"]  # of every weight, right after loading what another way saved
     assert found["steps"] == 2  # Adam's bias correction goes on counting in a run that continues another way's state
     assert {key: found[key] for key in tolerances if found[key] > tolerances[key]} == {}
 
@@ -140,7 +149,7 @@ def table() -> str:
             names += ON_DISK
     lines = ["| way | loss | norm of the gradient | weights |", "|---|---|---|---|"]
     for name in names:
-        allowed = TOLERANCES[precision_of(name)]
+        allowed = tolerances_of(name)
         cells = [f"{found[name][key]:.1e} ({allowed[key]:.0e})" for key in ("loss", "norm", "weights")]
         lines.append(f"| {' | '.join([name, *cells])} |")
     return "\n".join(lines)

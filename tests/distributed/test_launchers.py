@@ -10,13 +10,15 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from hosts import NoNamespaces, two_hosts
+from hosts import two_hosts, why_no_hosts
 from runs import environment, make_run, metrics, mmit, wait_for_step
 
 pytestmark = pytest.mark.slow
 
 PLAN = ("stages.align.epochs=400", "stages.align.optim.schedule=constant", "stages.align.optim.warmup_fraction=0")
 """A long plan, whose first steps are the same whether it ends early or not."""
+
+NO_HOSTS = why_no_hosts()
 
 SRUN = """#!/bin/bash
 # two tasks at once, as SLURM starts them; the exit code is the highest
@@ -87,6 +89,7 @@ def test_torchrun_trains_a_stage(run_file: Path, by_slurm: str, tmp_path: Path) 
 
 
 @pytest.mark.long
+@pytest.mark.skipif(NO_HOSTS != "", reason=f"this machine gives no network namespaces: {NO_HOSTS}")
 def test_torchrun_trains_on_two_hosts_and_when_the_cable_is_pulled_each_ends_and_names_the_other(
     run_file: Path, by_slurm: str, tmp_path: Path
 ) -> None:
@@ -94,7 +97,7 @@ def test_torchrun_trains_on_two_hosts_and_when_the_cable_is_pulled_each_ends_and
     assert by_slurm
     rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "host-a:29500", "--nnodes", "2", "--nproc_per_node", "1"]
     words = [str(Path(sys.executable).parent / "torchrun"), *rendezvous, "-m", "mmit", "train", str(run_file), *PLAN]
-    words += ["--stage", "align", f"output={tmp_path / 'run'}", "launch.stall_seconds=10"]
+    words += ["--stage", "align", f"output={tmp_path / 'run'}", "launch.stall_seconds=5"]
     folder = tmp_path / "run" / "align"
     logs = [tmp_path / "host-a.log", tmp_path / "host-b.log"]
     named = ["rank 1 on host-b has not been heard", "rank 0 on host-a has not been heard"]
@@ -111,8 +114,6 @@ def test_torchrun_trains_on_two_hosts_and_when_the_cable_is_pulled_each_ends_and
             before = time.monotonic()
             while not all(said()) and time.monotonic() < before + 30:
                 time.sleep(0.1)
-    except NoNamespaces as reason:
-        pytest.skip(f"two hosts need network namespaces, which this machine does not give: {reason}")
     finally:
         for agent in agents:  # torchrun's own agents wait for each other a minute longer
             for process in psutil.Process(agent.pid).children(recursive=True):
