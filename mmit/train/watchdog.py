@@ -99,7 +99,7 @@ class Watchdog:
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         if stall_seconds:
-            post = _Post.open()
+            post = _Post.open(self.beat(0))
             self._thread = threading.Thread(target=self._watch, args=(post,), name="watchdog", daemon=True)
             self._thread.start()
 
@@ -154,8 +154,8 @@ class _Post:
         self._heard: dict[int, float] = {}
 
     @classmethod
-    def open(cls) -> _Post:
-        """Connect all ranks; collective."""
+    def open(cls, first: Beat) -> _Post:
+        """Connect all ranks and hear the first beat of each, from which on silence counts; collective."""
         if world_size() == 1:
             return cls(None, [0])
         host = os.environ.get("MASTER_ADDR", "127.0.0.1")
@@ -163,7 +163,11 @@ class _Post:
         own = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=patience) if rank() == 0 else None
         port = int(all_reduce_sum(torch.tensor([own.port if own else 0], device=device())))
         store = own or TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=patience)
-        return cls(store, range(world_size()) if rank() < 2 else [])
+        post = cls(store, range(world_size()) if rank() < 2 else [])
+        post._leave(store, first)
+        all_reduce_sum(torch.tensor([0], device=device()))  # until all have
+        post._collect(store)
+        return post
 
     def exchange(self, beat: Beat) -> dict[int, Beat]:
         """Leave the own beat and give the last known ones of the ranks that this rank judges."""
@@ -183,13 +187,18 @@ class _Post:
 
     def _talk(self, store: TCPStore, beat: Beat, answered: threading.Event) -> None:
         try:
-            store.set(f"beat/{rank()}", json.dumps(asdict(beat)))
-            for number in self._ranks:
-                if store.check([f"beat/{number}"]):
-                    self._hear(number, Beat(**json.loads(store.get(f"beat/{number}"))))
+            self._leave(store, beat)
+            self._collect(store)
         except (RuntimeError, ValueError):  # torch's errors of a store that is gone; silence tells the rest
             return
         answered.set()
+
+    def _leave(self, store: TCPStore, beat: Beat) -> None:
+        store.set(f"beat/{rank()}", json.dumps(asdict(beat)))
+
+    def _collect(self, store: TCPStore) -> None:
+        for number in self._ranks:
+            self._hear(number, Beat(**json.loads(store.get(f"beat/{number}"))))
 
     def _hear(self, number: int, beat: Beat) -> None:
         before = self._beats.get(number)

@@ -1,10 +1,15 @@
 """Who is named when a rank stalls."""
 
-from dataclasses import replace
+import json
+import time
+from dataclasses import asdict, replace
 from datetime import timedelta
 
+import pytest
+import torch
 from torch.distributed import TCPStore
 
+from mmit.train import watchdog
 from mmit.train.watchdog import COMPUTING, READING, SAVING, WAITING, Beat, Watchdog, _Post, verdict
 
 FINE = Beat(number=9, host="a", step=7, phase=WAITING, seconds=40.0, limit=25.0)
@@ -64,6 +69,29 @@ def test_a_rank_that_cannot_reach_the_others_does_not_name_itself() -> None:
     del store
     assert post.exchange(FINE) == {0: FINE}
     assert post.silent()[0] < 1.5
+
+
+def test_a_rank_whose_cable_is_pulled_before_its_second_beat_is_known_and_silent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    patience = timedelta(seconds=5)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=patience)
+
+    def the_other_rank_opens_too(tensor: torch.Tensor) -> torch.Tensor:
+        other = TCPStore("127.0.0.1", store.port, is_master=False, wait_for_workers=False, timeout=patience)
+        other.set("beat/1", json.dumps(asdict(replace(FINE, number=0, host="b"))))
+        return tensor
+
+    monkeypatch.setattr(watchdog, "TCPStore", lambda *where, **how: store)
+    monkeypatch.setattr(watchdog, "world_size", lambda: 2)
+    monkeypatch.setattr(watchdog, "rank", lambda: 0)
+    monkeypatch.setattr(watchdog, "all_reduce_sum", the_other_rank_opens_too)
+    post = _Post.open(replace(FINE, number=0))
+    time.sleep(0.05)
+    beats = post.exchange(replace(FINE, number=1))
+    silent = post.silent()
+    assert {number: beat.host for number, beat in beats.items()} == {0: "a", 1: "b"}
+    assert silent[1] >= 0.05 > silent[0]
 
 
 def test_a_phase_that_has_always_been_long_gets_ten_times_its_longest() -> None:
