@@ -154,6 +154,9 @@ class Stage(Section):
     attention: Literal["auto", "mmit_packed", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
     """How the language model attends: ``auto`` takes what keeps packed samples apart without a mask of T x T, where
     the model can; the others are transformers' implementations. What cannot run is refused."""
+    kernels: Literal["auto", "torch", "liger"] = "auto"
+    """What norms, gated feed-forward parts and rotary positions of the language model run with: ``auto`` takes Liger's
+    kernels (the extra ``gpu``) on GPUs where they know the model and give its states, else torch's."""
     activation_checkpointing: bool | Annotated[int, Field(ge=1, le=MANY)] = False
     """Recompute activations in the backward pass: less memory, 20 to 25 percent more time. A number k recomputes every
     k-th layer of the language model only, which costs and spares the k-th part."""
@@ -195,6 +198,8 @@ class Stage(Section):
             raise ValueError("compile: weights in four bits (lora.quantize) are not compiled; set it to false")
         if self.compile and self.parallel.sequence > 1:
             raise ValueError("compile: layers whose rows are shared (parallel.sequence) are not compiled; drop one")
+        if self.compile and self.kernels == "liger":
+            raise ValueError("compile: layers with Liger's kernels (kernels: liger) are not compiled; drop one")
         return self
 
     @model_validator(mode="after")

@@ -18,6 +18,7 @@ from mmit.models import LoadedModel, VisionLanguageModel, build_model, load_weig
 from mmit.models.attention_choice import why_not_ever, why_not_here
 from mmit.models.compiled import why_not_compiled
 from mmit.models.encoders import build_encoder
+from mmit.models.kernels import why_no_liger, why_no_liger_here
 from mmit.models.language_models import read_language_model
 from mmit.models.placement import SHAPES, placed
 from mmit.models.rules import check_frozen
@@ -132,10 +133,22 @@ def _check_attention(stage: Stage, name: str, model: VisionLanguageModel, report
         report.notes.append(f"{told} on this machine: {reason}")
 
 
+def _check_kernels(stage: Stage, name: str, model: VisionLanguageModel, report: RunReport) -> None:
+    """As ``_check_attention``."""
+    if stage.kernels != "liger":
+        return
+    told = f"stages.{name}.kernels: liger does not serve"
+    if reason := why_no_liger(model.language_model):
+        report.mistakes.append(f"{told}: {reason}; set it to auto")
+    elif reason := why_no_liger_here(torch.device("cuda" if torch.cuda.is_available() else "cpu")):
+        report.notes.append(f"{told} on this machine: {reason}")
+
+
 def _check_stage(config: RunConfig, name: str, loaded: LoadedModel, report: RunReport) -> None:
     stage, model = config.stages[name], loaded.model
     report.attempt(lambda: make_encode(stage.data, loaded))
     _check_attention(stage, name, model, report, config.precision)
+    _check_kernels(stage, name, model, report)
     if stage.init_from not in config.stages:
         directory = report.attempt(lambda: start_directory(config, name))
         if directory is not None:

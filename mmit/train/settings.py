@@ -21,6 +21,7 @@ HARMLESS = (
     "parallel",
     "activation_checkpointing",
     "attention",
+    "kernels",
     "compile",
     "batch.rows_per_micro_batch",
     "data.workers",

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -192,7 +193,8 @@ def _make_ready(config: RunConfig, name: str, *, stop: StopRequest) -> _Ready:
 
 def _check_ranks_agree(state: RunState, *, held_out: str) -> None:
     """Raise TrainingError where ranks would train on other plans, settings or versions; collective."""
-    versions = {package: version(package) for package in ("mmit", "torch", "transformers", "deepspeed")}
+    liger = ["liger-kernel"] if find_spec("liger_kernel") else []  # it is looked for, and taken where it is found
+    versions = {package: version(package) for package in ("mmit", "torch", "transformers", "deepspeed", *liger)}
     parts = {"plan": state.plan, "precision": state.precision, "settings": state.settings, "versions": versions}
     parts["held-out plan"] = held_out
     for what, value in parts.items():

@@ -71,8 +71,7 @@ def make_engine(config: RunConfig, name: str, loaded: LoadedModel, *, dtype: tor
         model.enable_activation_checkpointing(every=int(stage.activation_checkpointing))
     logger.info("%s", table(model, groups))
     model.to(device())
-    if stage.compile:
-        _compile(model, stage, name)
+    _accelerate(model, stage, name)
     optimizer = adamw(
         parameter_groups(model, groups, weight_decay=stage.optim.weight_decay),
         betas=stage.optim.betas,
@@ -81,15 +80,19 @@ def make_engine(config: RunConfig, name: str, loaded: LoadedModel, *, dtype: tor
     return Engine(model, optimizer, _engine_settings(config, name, dtype), dtype=dtype)
 
 
-def _compile(model: VisionLanguageModel, stage: Stage, name: str) -> None:
+def _accelerate(model: VisionLanguageModel, stage: Stage, name: str) -> None:
+    """Choose what the layers of the language model run with, where they lie."""
     from mmit.models.compiled import compile_layers
+    from mmit.models.kernels import use_kernels
 
-    if stage.zero.number == 3:
+    if stage.compile and stage.zero.number == 3:
         raise ConfigError(
             f"stages.{name}.compile: zero.stage auto is 3 here, and layers in pieces are not compiled; set it to false"
         )
     try:
-        compile_layers(model.language_model, attention=model.attention)
+        use_kernels(model.language_model, stage.kernels, model.placement, is_compiled=stage.compile)
+        if stage.compile:
+            compile_layers(model.language_model, attention=model.attention)
     except ConfigError as error:
         raise ConfigError(f"stages.{name}.{error}") from None
 

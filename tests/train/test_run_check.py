@@ -211,8 +211,9 @@ def test_data_that_is_not_there_is_told(tmp_path: Path) -> None:
     assert check_run(load_config(path), data=False).mistakes == []
 
 
-def test_an_attention_that_cannot_run_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_attention_and_kernels_that_cannot_run_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("mmit.models.kernels.find_spec", lambda _: None)
     capped = Gemma2Config(
         vocab_size=640, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=8
     )
@@ -221,11 +222,18 @@ def test_an_attention_that_cannot_run_is_told(tmp_path: Path, monkeypatch: pytes
         "language_model": {"path": described(tmp_path / "gemma", capped), "template": "vicuna"},
     }
     stage = {"train": {"connector": 1e-3}}
-    path = run_file(tmp_path, model, one={**stage, "attention": "sdpa"}, two={**stage, "attention": "flex_attention"})
+    path = run_file(
+        tmp_path,
+        model,
+        one={**stage, "attention": "sdpa"},
+        two={**stage, "attention": "flex_attention", "kernels": "liger"},
+    )
     report = checked(path)
     assert report.mistakes == [
         "stages.one.attention: sdpa does not serve: Gemma2ForCausalLM caps its scores, which it would leave out; set "
-        "it to auto"
+        "it to auto",
+        "stages.two.kernels: liger does not serve: the package liger-kernel is not installed (pip install "
+        "'mmit[gpu]'); set it to auto",
     ]
     # another machine may train
     assert report.notes == [
