@@ -5,6 +5,7 @@ Nothing heavy is imported before a verb is known, so that help and checks answer
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +15,7 @@ import typer
 from mmit import __version__, cli_data, cli_machine, cli_models, cli_runs
 from mmit.cli_models import Base, ModelDirectory, Template, Tower, whole_model
 from mmit.errors import ConfigError, MmitError, OtherRankFailed
+from mmit.train.lifeline import end_with_launcher, note_error
 
 app = typer.Typer(
     help="Compose a vision-language model, teach it in stages, and know that it is right.",
@@ -40,18 +42,16 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", hel
 
 def main() -> None:
     """Run the command; a user's mistake ends as one sentence and its exit code, never as a traceback."""
+    if "RANK" in os.environ:
+        end_with_launcher()
     try:
         app()
     except MmitError as error:
-        from mmit.train.launch import note_error
-
         if isinstance(error, OtherRankFailed):
             sys.exit(error.exit_code)
         if not note_error(str(error)):
             print(f"error: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 @app.callback(invoke_without_command=True)

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import signal
 import sys
 import time
 from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from mmit.errors import DataError
+
 Item = TypeVar("Item")
+
+_TORCH_SAYS = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (is killed by signal: \w+|exited)")
+_LOST = (
+    "a worker that reads data {what}; the system kills one where memory is short: free some or set data.workers lower, "
+    "and run the same command again"
+)
 
 
 def made_ahead(items: Dataset[Item], *, workers: int, ahead: int = 2) -> Generator[Item]:
@@ -41,10 +51,36 @@ def made_ahead(items: Dataset[Item], *, workers: int, ahead: int = 2) -> Generat
                 item = next(made[0])
             except StopIteration:
                 return
+            except (EOFError, ConnectionError) as error:
+                if "in DataLoader worker process" in str(error):  # raised by ``items`` there
+                    raise
+                # the worker ended while it handed over an item
+                raise DataError(_LOST.format(what="has ended while it was asked for data")) from error
             yield item
     finally:
         made.clear()
         atexit.unregister(made.clear)
+
+
+@contextmanager
+def lost_workers_named() -> Generator[None]:
+    """Turn torch's error of a worker that was killed, which comes at any point of the main thread, into a sentence.
+
+    Raises DataError.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        found = _TORCH_SAYS.search(str(error))
+        if found is None:
+            raise
+        if "shared memory" in str(error):
+            raise DataError(
+                "the shared memory of this machine (/dev/shm) is full: make it larger (docker: --shm-size), or set "
+                "data.workers lower, and run the same command again"
+            ) from error
+        what = f"(process {found[1]}) {found[2].replace('is killed', 'was ended')}"
+        raise DataError(_LOST.format(what=what)) from error
 
 
 def _serve_the_rank(worker: int) -> None:

@@ -35,8 +35,8 @@ from mmit.train import engine_state
 from mmit.train.engine import Engine, device
 from mmit.train.settings import check_unchanged, deciding_settings
 from mmit.train.spikes import SpikeState
+from mmit.train.stage_folder import complete, step_of
 
-MARKER = "COMPLETE"
 FILES = "files.json"
 T = TypeVar("T")
 VERSION = 2
@@ -57,22 +57,6 @@ class RunState:
     skipped: Mapping[str, int] = field(default_factory=dict)
     spikes: SpikeState = SpikeState()
     version: int = VERSION
-
-
-def newest(folder: Path) -> Path | None:
-    """The complete checkpoint with the highest step below ``folder``, or None."""
-    return max(complete(folder), key=step_of, default=None)
-
-
-def complete(folder: Path) -> list[Path]:
-    """The complete checkpoints below ``folder``, the oldest first."""
-    return sorted((path.parent for path in folder.glob(f"step-*/{MARKER}")), key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step that the name of a checkpoint tells, -1 where it tells none."""
-    number = checkpoint.name.removeprefix("step-")
-    return int(number) if number.isdecimal() else -1
 
 
 def read_state(checkpoint: Path, *, steps: int) -> RunState:

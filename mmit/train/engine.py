@@ -7,11 +7,13 @@ import math
 import resource
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, nullcontext
+from importlib import import_module
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime import compiler
 from torch import Tensor, nn
 
 from mmit.distributed import local_rank, world_size
@@ -41,11 +43,26 @@ def init_process_group() -> None:
     """Join the other ranks: NCCL between GPUs, gloo between CPU ranks."""
     # Only inference uses this op; building it takes a compiler and most of a minute on a machine without a GPU.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _load_muon()
     if get_accelerator().device_name() == "cuda":
         take_device()
         deepspeed.init_distributed(dist_backend="nccl", verbose=False)
     else:
         deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+
+
+def _load_muon() -> None:
+    """Load what DeepSpeed's engine imports for an optimizer that is not used here, without torch's compiler.
+
+    Its three functions are decorated with ``torch.compile``, which at once loads the whole compiler: more than a second
+    of each rank's start.
+    """
+    names = vars(compiler)
+    decorator, names["compile"] = compiler.compile, lambda: lambda function: function
+    try:
+        import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        names["compile"] = decorator
 
 
 def resolve_precision(asked: str) -> torch.dtype:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mmit.config import RunConfig
+from mmit.data.ahead import lost_workers_named
 from mmit.data.features import MANIFEST, FeatureStore, open_folder
 from mmit.distributed import is_launched, rank, world_size
 from mmit.errors import ConfigError
@@ -41,7 +42,8 @@ def cache_features(
         _make(config, name, look)
     else:
         threads = config.launch.threads_per_rank or max(1, (os.cpu_count() or 1) // count)
-        launch([*command, "--stage", name], ranks=count, threads=threads, stage=name)
+        again = "the same command makes the features that are missing"
+        launch([*command, "--stage", name], ranks=count, threads=threads, stage=name, next_time=lambda: again)
     note(look, name)
     store = FeatureStore(look.folder, look.kind)
     say(f"{look.folder}: features of {len(store):,} pictures")
@@ -51,7 +53,8 @@ def _make(config: RunConfig, name: str, look: Look) -> None:
     take_device()
     maker = maker_of(look, device=device(), workers=config.stages[name].data.workers)
     share = np.concatenate(look.pictures.share(rank(), world_size()))
-    maker.make(look.plan, share, check_stop=lambda: None, progress=rank() == 0)
+    with lost_workers_named():
+        maker.make(look.plan, share, check_stop=lambda: None, progress=rank() == 0)
 
 
 def _accelerators() -> int:

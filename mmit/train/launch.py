@@ -6,24 +6,25 @@ too.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 from mmit.config import RunConfig
 from mmit.distributed import logger
 from mmit.errors import EXIT_INTERRUPTED, CheckpointError, ConfigError, Interrupted, TrainingError
+from mmit.train.lifeline import VARIABLE, Lifeline
 from mmit.train.settings import check_unchanged
+from mmit.train.stage_folder import newest
 
 GRACE_SECONDS = 600.0
 """How long ranks may take to save after SIGTERM before they are killed; a second signal cuts it short. As long as a
@@ -31,8 +32,6 @@ large model takes on a slow disk, after the checkpoint that is on its way; ranks
 
 AFTER_A_DEATH_SECONDS = 10.0
 """How long the other ranks may take to end after one died: they wait for it in a collective and will not come back."""
-
-ERRORS_VARIABLE = "MMIT_ERRORS"
 
 
 def run_stages(
@@ -52,7 +51,13 @@ def run_stages(
             "stage %s: %d rank%s, %d CPU thread%s each", name, count, "s"[: count > 1], threads, "s"[: threads > 1]
         )
         arguments = [*command, "--stage", name, *(["--fresh"] if fresh else [])]
-        launch(arguments, ranks=count, threads=threads, stage=name)
+        checkpoints = config.stage_folder(name) / "checkpoints"
+        launch(arguments, ranks=count, threads=threads, stage=name, next_time=lambda at=checkpoints: _next_time(at))
+
+
+def _next_time(checkpoints: Path) -> str:
+    found = newest(checkpoints)
+    return "the same command starts again" if found is None else f"the same command continues from {found}"
 
 
 def is_complete(config: RunConfig, name: str) -> bool:
@@ -79,77 +84,87 @@ def local_ranks(config: RunConfig) -> int:
     return torch.accelerator.device_count() or config.launch.cpu_ranks
 
 
-def launch(arguments: Sequence[str], *, ranks: int, threads: int, stage: str) -> None:
+def launch(arguments: Sequence[str], *, ranks: int, threads: int, stage: str, next_time: Callable[[], str]) -> None:
     """Run ``mmit`` with these arguments as so many ranks, to their end.
 
-    Raises Interrupted where a rank was asked to stop, TrainingError where one failed.
+    next_time: says what the same command will do, once the ranks are gone.
+    Raises Interrupted where they were asked to stop and did, TrainingError where one failed.
     """
-    with tempfile.TemporaryDirectory(prefix="mmit-") as notes:
-        port = _free_port()
-        children = [_start(arguments, r, ranks=ranks, threads=threads, notes=notes, port=port) for r in range(ranks)]
-        watch = _Watch(children)
+    children: list[subprocess.Popen[bytes]] = []
+    with ExitStack() as pipes, _Watch(children) as watch:
+        lines = [pipes.enter_context(closing(Lifeline())) for _ in range(ranks)]
+        where = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": str(threads)}
+        where |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        for number, line in enumerate(lines):
+            if not watch.signals:
+                children.append(_start(arguments, number, where, line))
         codes = watch.wait()
-        told = sorted({path.read_text(encoding="utf-8") for path in Path(notes).glob("*.error")})
-    if all(code == 0 for code in codes):
+        told = "\n".join(sorted({said for line in lines if (said := line.told())}))
+    if len(codes) == ranks and all(code == 0 for code in codes):
         return
     if any(code == EXIT_INTERRUPTED for code in codes):
-        raise Interrupted(f"stage {stage}: stopped and saved; the same command continues it")
+        raise Interrupted(told or f"stage {stage}: was stopped; {next_time()}")
+    if watch.signals > 1:
+        raise TrainingError(f"stage {stage}: ended at the second signal, without saving; {next_time()}")
+    if watch.signals and all(code == -signal.SIGTERM for code in codes):  # they had nothing to save yet
+        raise Interrupted(f"stage {stage}: stopped while it was starting; {next_time()}")
     died = watch.first_to_fail if watch.first_to_fail is not None else 0
     if told:
-        failure = TrainingError("\n".join(told))
+        failure = TrainingError(told)
         failure.exit_code = max(codes[died], 1)
         raise failure
-    raise TrainingError(
-        f"stage {stage}: rank {died} ended with {_named(codes[died])}; "
-        "the same command continues from the last complete checkpoint"
+    raise TrainingError(f"stage {stage}: rank {died} ended with {_named(codes[died])}; {next_time()}")
+
+
+def _start(arguments: Sequence[str], number: int, where: Mapping[str, str], line: Lifeline) -> subprocess.Popen[bytes]:
+    own = {"RANK": str(number), "LOCAL_RANK": str(number), VARIABLE: str(line.end)}
+    # else a rank whose peer is gone prints the frames of torch's C++ below the sentence that says so
+    own["TORCH_CPP_LOG_LEVEL"] = os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # a session of its own: Ctrl-C reaches this process alone, which passes it on once and in order
+    return subprocess.Popen(
+        [sys.executable, "-m", "mmit", *arguments],
+        env={**os.environ, **where, **own},
+        pass_fds=[line.end],
+        start_new_session=True,
     )
 
 
-def _start(
-    arguments: Sequence[str], number: int, *, ranks: int, threads: int, notes: str, port: int
-) -> subprocess.Popen[bytes]:
-    environment = {
-        **os.environ,
-        "RANK": str(number),
-        "LOCAL_RANK": str(number),
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": str(threads),
-        ERRORS_VARIABLE: notes,
-    }
-    # a session of its own: Ctrl-C reaches this process alone, which passes it on once and in order
-    return subprocess.Popen([sys.executable, "-m", "mmit", *arguments], env=environment, start_new_session=True)
-
-
 class _Watch:
-    """Waits for all children; passes signals on; ends the others when one died."""
+    """Waits for all children; passes signals on; ends the others when one died. In force as a context manager.
+
+    children: those that are started meanwhile may be added. signals: how many came.
+    """
 
     def __init__(self, children: Sequence[subprocess.Popen[bytes]]) -> None:
         self._children = children
         self._deadline: float | None = None
-        self._signals = 0
+        self.signals = 0
         self.first_to_fail: int | None = None
 
+    def __enter__(self) -> _Watch:
+        self._before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
+        self._send(signal.SIGKILL)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
     def wait(self) -> list[int]:
-        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            while any(child.poll() is None for child in self._children):
-                self._look()
-                time.sleep(0.05)
+        """The exit codes of all children, once they have ended."""
+        if self.signals:  # while the last of them was started
+            self._send(signal.SIGTERM)
+        while any(child.poll() is None for child in self._children):
             self._look()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            self._send(signal.SIGKILL)
+            time.sleep(0.05)
+        self._look()
         return [child.wait() for child in self._children]
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         del frame
-        self._signals += 1
-        self._send(signal.SIGTERM if self._signals == 1 else signal.SIGKILL)
-        self._deadline = self._deadline or time.monotonic() + GRACE_SECONDS
+        self.signals += 1
+        self._send(signal.SIGTERM if self.signals == 1 else signal.SIGKILL)
+        self._end_within(GRACE_SECONDS)
 
     def _look(self) -> None:
         codes = {number: child.poll() for number, child in enumerate(self._children)}
@@ -158,9 +173,13 @@ class _Watch:
         failed.sort(key=lambda number: (codes[number] or 0) > 0)
         if self.first_to_fail is None and (number := next(iter(failed), None)) is not None:
             self.first_to_fail = number
-            self._deadline = self._deadline or time.monotonic() + AFTER_A_DEATH_SECONDS
+            self._end_within(AFTER_A_DEATH_SECONDS)
         if self._deadline is not None and time.monotonic() > self._deadline:
             self._send(signal.SIGKILL)
+
+    def _end_within(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        self._deadline = deadline if self._deadline is None else min(deadline, self._deadline)
 
     def _send(self, number: int) -> None:
         for child in self._children:
@@ -176,22 +195,6 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def note_error(message: str) -> bool:
-    """Leave a rank's error for the launching process; False where there is none to read it."""
-    folder = os.environ.get(ERRORS_VARIABLE)
-    if not folder:
-        return False
-    Path(folder, f"{os.environ.get('RANK', '0')}.error").write_text(message, encoding="utf-8")
-    return True
-
-
-def end_with_launcher() -> None:
-    """Ask Linux for a SIGTERM when the launching process is gone, so that a killed launcher leaves no rank behind."""
-    if sys.platform == "linux" and ERRORS_VARIABLE in os.environ:
-        set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 def check_stages(config: RunConfig, asked: str | None) -> list[str]:

@@ -14,9 +14,9 @@ from mmit.distributed import rank
 from mmit.models import Frozen, LoadedModel, Weights, base_directory, save_model
 from mmit.models.absent import made_whole
 from mmit.models.tensor_file import bytes_of, outlined
-from mmit.train.checkpoint import newest
 from mmit.train.engine import Engine
 from mmit.train.features import StageFeatures
+from mmit.train.stage_folder import newest
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,10 +25,11 @@ from mmit.config import Save
 from mmit.distributed import logger, rank, world_size
 from mmit.errors import CheckpointError, OtherRankFailed
 from mmit.train import engine_state
-from mmit.train.checkpoint import FILES, MARKER, RunState, collectively, complete, crc_of, newest, step_of
+from mmit.train.checkpoint import FILES, RunState, collectively, crc_of
 from mmit.train.engine import Engine
 from mmit.train.host_memory import copies_fit
 from mmit.train.model_writer import HeldModel, ModelWriter
+from mmit.train.stage_folder import MARKER, complete, newest, step_of
 
 POLL_SECONDS = 0.05
 CLOSING_SECONDS = 60.0

@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from mmit.config import RunConfig, Stage
 from mmit.config_file import resolved_yaml
+from mmit.data.ahead import lost_workers_named
 from mmit.data.atomic import write_whole
 from mmit.distributed import (
     is_launched,
@@ -29,9 +30,9 @@ from mmit.distributed import (
     world_size,
 )
 from mmit.errors import ConfigError, Interrupted, OtherRankFailed, TrainingError
-from mmit.train.launch import end_with_launcher, is_complete
+from mmit.train.launch import is_complete
 from mmit.train.settings import deciding_settings
-from mmit.train.stage_folder import open_folder
+from mmit.train.stage_folder import BEGUN, open_folder
 from mmit.train.stage_parts import announce, attend, build, make_engine
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ def train_stage(config: RunConfig, name: str, *, fresh: bool = False) -> Path:
     stop = StopRequest()  # before the parts are loaded, so that no signal is lost
     init_process_group()
     try:
-        return _train(config, name, stop=stop, fresh=fresh)
+        with lost_workers_named():
+            return _train(config, name, stop=stop, fresh=fresh)
     except RuntimeError as error:
         if not is_lost_connection(error):
             raise
@@ -93,7 +95,6 @@ def prepare_process() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would warn that it found none
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     disable_progress_bar()  # one bar per rank and file would bury the log
-    end_with_launcher()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,18 +128,18 @@ def _train(config: RunConfig, name: str, *, stop: StopRequest, fresh: bool) -> P
 
     folder, zero = config.stage_folder(name), nvme.zero_of(config, name)
     checkpoint.collectively(lambda: nvme.prepare(zero, where=f"stages.{name}.zero"), what=folder)
-    lock = checkpoint.collectively(lambda: open_folder(folder, fresh=fresh) if rank() == 0 else None, what=folder)
+    held = checkpoint.collectively(lambda: open_folder(folder, fresh=fresh) if rank() == 0 else None, what=folder)
     try:
         config = with_zero_stage(config, name, dtype=resolve_precision(config.precision))
         ready = _make_ready(config, name, stop=stop)
         if rank() == 0:
-            write_whole(folder / "config.yaml", resolved_yaml(config).encode())
+            write_whole(folder / BEGUN, resolved_yaml(config).encode())
         announce(config, name, ready.feed.plan)
         return _run(ready, stop=stop)
     finally:
         nvme.remove(zero)
-        if lock is not None:
-            lock.close()
+        if held is not None:
+            held.close()
 
 
 def _make_ready(config: RunConfig, name: str, *, stop: StopRequest) -> _Ready:
@@ -262,7 +263,7 @@ def _run(ready: _Ready, *, stop: StopRequest) -> Path:
         if not finished:
             if done > state.step:
                 save(in_step=True)
-            raise Interrupted(f"stage {ready.name}: saved at step {done} of {steps}; the same command continues it")
+            raise Interrupted(_stopped(ready.name, step=done, steps=steps))
         watchdog.mark(SAVING, step=done)
         return _finish(folder, saver, ready.features)
     finally:
@@ -270,6 +271,12 @@ def _run(ready: _Ready, *, stop: StopRequest) -> Path:
         watchdog.close()
         if recorder is not None:
             recorder.close()
+
+
+def _stopped(name: str, *, step: int, steps: int) -> str:
+    if step == 0:
+        return f"stage {name}: stopped before its first step; the same command starts it again"
+    return f"stage {name}: stopped, and saved at step {step} of {steps}; the same command continues it"
 
 
 def _saver_of(ready: _Ready, made_from: Callable[[], dict[str, Any]], stop: StopRequest) -> Saver:

@@ -23,7 +23,7 @@ from torch.distributed import TCPStore
 
 from mmit.distributed import all_reduce_sum, logger, rank, world_size
 from mmit.train.engine import device
-from mmit.train.launch import note_error
+from mmit.train.lifeline import note_error
 
 BEAT_SECONDS = 1.0
 QUIET_SECONDS = 3 * BEAT_SECONDS

@@ -17,8 +17,8 @@ from mmit.config import RunConfig, Stage, Zero
 from mmit.distributed import gathered, logger, world_size
 from mmit.models import build_model
 from mmit.models.placement import SHAPES, placed
-from mmit.train import checkpoint
 from mmit.train.environment import total_memory
+from mmit.train.stage_folder import newest
 
 STATES = {torch.float32: 12, torch.bfloat16: 14, torch.float16: 14}
 """Bytes of a trained parameter beside its weight: gradient, AdamW's moments, and in half precision the fp32 copy."""
@@ -83,12 +83,12 @@ def least_stage(zero: Zero) -> int:
 
 def _stored(config: RunConfig, name: str) -> tuple[int, str] | None:
     """The stage of a checkpoint of version 1, which goes on under no other."""
-    newest = checkpoint.newest(config.stage_folder(name) / "checkpoints")
-    if newest is None:
+    found = newest(config.stage_folder(name) / "checkpoints")
+    if found is None:
         return None
     try:
-        state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
-        return (int(state["zero_stage"]), f"as in {newest}") if state["version"] == 1 else None
+        state = json.loads((found / "state.json").read_text(encoding="utf-8"))
+        return (int(state["zero_stage"]), f"as in {found}") if state["version"] == 1 else None
     except (OSError, ValueError, KeyError, TypeError):
         return None  # damaged: it is set aside when the run resumes
 

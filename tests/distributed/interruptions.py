@@ -5,6 +5,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import Popen
@@ -126,10 +127,12 @@ def _sigterm_while_saving(run: Run) -> None:
 
 
 def _fill_disk(run: Run) -> None:
-    free = os.statvfs(run.disk).f_bavail * os.statvfs(run.disk).f_frsize
     left = run.dice.choice((0, 4096, 65536, 400_000))
     with _ballast(run).open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, max(1, free - left))
+        while (room := os.statvfs(run.disk).f_bavail * os.statvfs(run.disk).f_frsize - left) > 0:
+            with suppress(OSError):  # the run has taken some of it meanwhile
+                os.posix_fallocate(file.fileno(), file.tell(), room)
+                file.seek(room, os.SEEK_CUR)
 
 
 def _empty_disk(run: Run) -> None:

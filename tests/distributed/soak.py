@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psutil
@@ -35,29 +35,37 @@ SAME = ("step", "lr", "samples_digest", "samples", "tokens", "trained_tokens", "
 
 
 def main() -> int:
-    """Run the soak in a mount namespace of its own; the exit code is 0 where all held."""
+    """Run the soak on disks of its own; the exit code is 0 where all held."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--interruptions", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     if "MMIT_SOAK_DISK" not in os.environ:
-        return _in_own_mount_namespace()
-    disk = Path(os.environ["MMIT_SOAK_DISK"])
+        return _both()
+    disk, part = Path(os.environ["MMIT_SOAK_DISK"]), os.environ["MMIT_SOAK_PART"]
     with tempfile.TemporaryDirectory(prefix="mmit-soak-logs-") as logs:
-        soak = Soak(disk, Path(logs), random.Random(asked.seed))
-        soak.interrupt_one_rank(asked.interruptions - asked.interruptions // 2)
-        soak.interrupt_many(asked.interruptions // 2)
+        soak = Soak(disk, Path(logs), random.Random(f"{asked.seed} {part}"))
+        if part == "one-rank":
+            soak.interrupt_one_rank(asked.interruptions - asked.interruptions // 2)
+        else:
+            soak.interrupt_many(asked.interruptions // 2)
     for fault in soak.faults:
         print(f"WRONG: {fault}")
-    print(f"{soak.done} interruptions, {len(soak.faults)} faults (seed {asked.seed})")
-    return int(bool(soak.faults) or soak.done < asked.interruptions)
+    print(f"{part}: {soak.done} interruptions, {len(soak.faults)} faults (seed {asked.seed})", flush=True)
+    return int(bool(soak.faults))
 
 
-def _in_own_mount_namespace() -> int:
-    with tempfile.TemporaryDirectory(prefix="mmit-soak-") as disk:
-        mount = f'mount -t tmpfs -o size={DISK} tmpfs "$MMIT_SOAK_DISK" && exec "$@"'
-        words = ["unshare", "-rm", "bash", "-c", mount, "soak", sys.executable, *sys.argv]
-        return subprocess.run(words, env={**os.environ, "MMIT_SOAK_DISK": disk}, check=False).returncode
+def _both() -> int:
+    """Both halves at the same time, each in a mount namespace of its own."""
+    with ExitStack() as disks:
+        halves = []
+        for part in ("one-rank", "elastic"):
+            disk = disks.enter_context(tempfile.TemporaryDirectory(prefix="mmit-soak-"))
+            mount = f'mount -t tmpfs -o size={DISK} tmpfs "$MMIT_SOAK_DISK" && exec "$@"'
+            words = ["unshare", "-rm", "bash", "-c", mount, "soak", sys.executable, *sys.argv]
+            own = {"MMIT_SOAK_DISK": disk, "MMIT_SOAK_PART": part}
+            halves.append(subprocess.Popen(words, env={**os.environ, **own}))
+        return max([half.wait() for half in halves], key=abs)
 
 
 class Soak:

@@ -22,6 +22,7 @@ from mmit.train.engine import Engine, init_process_group
 from mmit.train.model_writer import ModelWriter
 from mmit.train.optim import adamw, parameter_groups
 from mmit.train.saving import Saver
+from mmit.train.stage_folder import complete
 
 STATE = checkpoint.RunState(
     step=1, stage="align", plan="p", world=1, zero_stage=0, precision="float32", settings={}, skipped={}
@@ -84,11 +85,11 @@ def test_what_is_written_is_the_state_of_the_step_however_the_weights_change_mea
     monkeypatch.setattr(tensor_file.os, "fsync", lambda number: (changed.wait(30), sync(number)))
     one = saver()
     one.save(STATE)
-    assert checkpoint.complete(tmp_path) == []
+    assert complete(tmp_path) == []
     change_weights(engine)
     changed.set()
     one.finish()
-    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-000001"]
+    assert [path.name for path in complete(tmp_path)] == ["step-000001"]
     found = checkpoint.read_state(tmp_path / "step-000001", steps=1)  # every file as its CRC says
     assert found == STATE
     written = load_file(tmp_path / "step-000001" / "model" / "model.safetensors")
