@@ -10,6 +10,8 @@ The vision tower is not touched: the name is set on the language model only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,9 +29,10 @@ FLASH = "flash_attention_2"
 
 
 def boundaries(position_ids: Tensor) -> Tensor:
-    """Where each sample lies: (1, 1, S, 3) int64 on the CPU, one (row, start, end) per sample in reading order.
+    """Where each sample lies: (1, 1, S, 4) int64 on the CPU, (row, start, end, shared) of each in reading order.
 
-    position_ids: (B, T), restarting at 0 with every sample.
+    position_ids: (B, T), restarting at 0 with every sample. shared: tokens at the begin of the row, in front of the
+    first sample, that this one begins with too; 0 here (see shared_prefix.py).
     """
     rows, length = position_ids.shape
     first = position_ids == 0
@@ -37,7 +40,8 @@ def boundaries(position_ids: Tensor) -> Tensor:
     starts = first.view(-1).nonzero().view(-1).cpu()  # positions in the flattened batch: rows never share a sample
     ends = torch.cat([starts[1:], torch.tensor([rows * length])])
     row = starts // length
-    return torch.stack([row, starts - row * length, ends - row * length], dim=1)[None, None]
+    first_places = row * length
+    return torch.stack([row, starts - first_places, ends - first_places, torch.zeros_like(row)], dim=1)[None, None]
 
 
 def packed_attention(  # noqa: PLR0917 - transformers' signature
@@ -58,21 +62,37 @@ def packed_attention(  # noqa: PLR0917 - transformers' signature
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **others
         )
-    lengths: list[list[int]] = [[] for _ in range(query.shape[0])]
-    for row, start, end in attention_mask[0, 0].tolist():
-        lengths[row].append(end - start)
-    grouped = query.shape[1] != key.shape[1]
-    rows = []
-    for *states, of_row in zip(query.split(1), key.split(1), value.split(1), lengths, strict=True):
-        pieces = [
-            scaled_dot_product_attention(
-                q, k, v, dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=grouped
-            ).transpose(1, 2)
-            # split, not slices: the gradient of a slice is a tensor of zeros as large as the row, for every sample
-            for q, k, v in zip(*(state.split(of_row, dim=2) for state in states), strict=True)
-        ]
-        rows.append(torch.cat(pieces, dim=1))  # (1, T, H, d)
+    samples: list[list[tuple[int, int, int]]] = [[] for _ in range(query.shape[0])]
+    for row, *place in attention_mask[0, 0].tolist():
+        samples[row].append(tuple(place))
+    attend = partial(
+        scaled_dot_product_attention,
+        dropout_p=dropout,
+        scale=scaling,
+        is_causal=True,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    each_row = zip(query.split(1), key.split(1), value.split(1), samples, strict=True)
+    rows = [_attended(attend, states, of_row) for *states, of_row in each_row]
     return (rows[0] if len(rows) == 1 else torch.cat(rows)), None
+
+
+def _attended(attend: Callable[..., Tensor], states: list[Tensor], samples: list[tuple[int, int, int]]) -> Tensor:
+    """(1, T, H, d) of the queries, keys and values (1, H, T, d) of a row, sample by sample."""
+    prefix = samples[0][0]  # tokens in front of all samples, which some of them begin with
+    # split, not slices: the gradient of a slice is a tensor of zeros as large as the row, for every sample
+    lengths = [*[prefix][: prefix > 0], *(end - start for start, end, _ in samples)]
+    parts = list(zip(*(state.split(lengths, dim=2) for state in states), strict=True))
+    before, own = parts[0], parts[prefix > 0 :]
+    firsts, pieces = list[Tensor](), list[Tensor]()
+    for part, (_, _, shared) in zip(own, samples, strict=True):
+        joined = [torch.cat(both, dim=2) for both in zip(before, part, strict=True)] if shared else part
+        piece = attend(*joined).transpose(1, 2)
+        if shared:
+            first, piece = piece.split([shared, piece.shape[1] - shared], dim=1)
+            firsts.append(first)  # the same for all that share it: one is enough
+        pieces.append(piece)
+    return torch.cat([*firsts[:1], *pieces], dim=1)
 
 
 AttentionInterface.register(PACKED, packed_attention)
@@ -80,11 +100,17 @@ AttentionMaskInterface.register(PACKED, sdpa_mask)
 
 
 def attention_arguments(
-    position_ids: Tensor, *, implementation: str, window: int | None, device: torch.device | None = None
+    position_ids: Tensor,
+    samples: Tensor | None = None,
+    *,
+    implementation: str,
+    window: int | None,
+    device: torch.device | None = None,
 ) -> dict[str, Any]:
     """What a language model is told about the samples of its rows, by the words its attention understands.
 
     position_ids: on the CPU where nothing shall wait for the device; device: the model's, where they are not on it.
+    samples: the boundaries, where ``position_ids`` do not tell them.
 
     Ours gets the boundaries in the place of the mask; flash attention gets the cumulative lengths of all samples of
     all rows. A mask of None lets transformers build a block mask of T x T from ``position_ids``, which it does right
@@ -92,7 +118,7 @@ def attention_arguments(
     """
     if implementation not in (PACKED, FLASH):
         return {"attention_mask": None}
-    samples = boundaries(position_ids)
+    samples = boundaries(position_ids) if samples is None else samples
     lengths = samples[0, 0, :, 2] - samples[0, 0, :, 1]
     longest = int(lengths.max())
     if implementation == PACKED:

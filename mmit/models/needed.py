@@ -21,12 +21,14 @@ class Needed:
     tokens: (N,) their places in the flattened rows; None where all run in the rows they lie in.
     position_ids: (B, T) of what runs; (1, N) where ``tokens`` is given.
     labelled: (S,) places of the labels among what runs (flattened). labels: (S,) those labels.
+    samples: (1, 1, samples, 4) where each lies (see ``attention.boundaries``); None where ``position_ids`` tell it.
     """
 
     tokens: Tensor | None
     position_ids: Tensor
     labelled: Tensor
     labels: Tensor
+    samples: Tensor | None = None
 
     def to(self, device: torch.device) -> Needed:
         """The same on ``device``."""
@@ -35,6 +37,7 @@ class Needed:
             position_ids=self.position_ids.to(device, non_blocking=True),
             labelled=self.labelled.to(device, non_blocking=True),
             labels=self.labels.to(device, non_blocking=True),
+            samples=self.samples,
         )
 
 

@@ -23,12 +23,13 @@ from mmit.models.attention import FLASH, PACKED, attention_arguments
 from mmit.models.attention_choice import carried_state, packing_fault, set_attention, sliding_window
 from mmit.models.connectors import idle_parameters, questions_for
 from mmit.models.head import head_is_plain, labelled_nll, nll_by_own_forward
-from mmit.models.language_models import row_parameters, token_table
+from mmit.models.language_models import has_experts, row_parameters, token_table
 from mmit.models.last_layer import LastLayer, find_last_layer, recompute_layers
 from mmit.models.mosaic import lay_out
 from mmit.models.needed import all_tokens, needed_tokens
 from mmit.models.placement import placement, runnable
 from mmit.models.rules import NEW_TOKENS, TrainGroup, apply_rules
+from mmit.models.shared_prefix import share_prefix
 from mmit.models.shared_rows import RowGroup
 from mmit.tiling import TilePlan
 
@@ -158,6 +159,8 @@ class VisionLanguageModel(nn.Module):
         positions, by_source = needed.position_ids, batch.by_source
         if self.row_group is not None:
             needed, positions, by_source = self.row_group.part(needed, by_source)
+        elif self.attention == PACKED and not (keeps_rows or has_experts(self.language_model)):
+            needed = share_prefix(needed, batch.ids, image_id=self.image_id)
         here = needed.to(embeddings.device)
         if here.tokens is not None:
             embeddings = embeddings.flatten(0, 1).index_select(0, here.tokens)[None]  # (1, N, D)
@@ -166,7 +169,7 @@ class VisionLanguageModel(nn.Module):
                 inputs_embeds=embeddings,
                 position_ids=here.position_ids,
                 use_cache=False,
-                **self._attention(positions),
+                **self._attention(positions, needed.samples),
             ).last_hidden_state
         head = cast("nn.Linear", self.language_model.get_output_embeddings())
         states = hidden.flatten(0, 1).index_select(0, here.labelled)  # (S, D)
@@ -254,9 +257,10 @@ class VisionLanguageModel(nn.Module):
         batch = collate([[prompt]], pad_id=self.image_id, image_size=self.spec.canvas)
         return self.embed(batch.to(next(self.parameters()).device))[0]
 
-    def _attention(self, position_ids: Tensor) -> dict[str, Any]:
-        device = self.language_model.device
-        return attention_arguments(position_ids, implementation=self.attention, window=self.window, device=device)
+    def _attention(self, position_ids: Tensor, samples: Tensor | None = None) -> dict[str, Any]:
+        device, window = self.language_model.device, self.window
+        told = position_ids, samples
+        return attention_arguments(*told, implementation=self.attention, window=window, device=device)
 
     def _refuse_packed_rows(self, batch: Batch) -> None:
         """Raise DataError where a trained token stands behind another sample and this model would let it see that."""

@@ -147,7 +147,7 @@ def test_gradients_of_a_packed_row_are_the_sum_of_the_separate_ones() -> None:
 
 def test_boundaries_name_every_sample_of_every_row() -> None:
     positions = torch.tensor([[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]])
-    assert boundaries(positions)[0, 0].tolist() == [[0, 0, 3], [0, 3, 5], [1, 0, 1], [1, 1, 5]]
+    assert boundaries(positions)[0, 0].tolist() == [[0, 0, 3, 0], [0, 3, 5, 0], [1, 0, 1, 0], [1, 1, 5, 0]]
 
 
 @torch.no_grad()

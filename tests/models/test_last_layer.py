@@ -1,4 +1,7 @@
-"""What a loss does not depend on is left out: the last layer's matrices elsewhere, tokens behind the last label."""
+"""What a loss does not depend on is left out: the last layer's matrices elsewhere, tokens behind the last label.
+
+And what several samples begin with runs once.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from mmit.batch import IGNORE, Batch, HostIds
+from mmit.batch import IGNORE, Batch, Encoded, HostIds
 from mmit.models import LoadedModel, VisionLanguageModel
 from mmit.models.connectors import MlpProjector
 from mmit.models.needed import all_tokens, needed_tokens
+from mmit.models.shared_prefix import longest_shared, share_prefix
 
 Build = Callable[..., LoadedModel]
 SIZES: dict[str, Any] = {
@@ -159,6 +163,60 @@ def test_no_token_runs_behind_the_last_label_of_its_sample() -> None:
     assert whole.labelled.tolist() == [1, 7, 10, 11]
     none = torch.full_like(labels, x)
     assert needed_tokens(HostIds(input_ids=labels, position_ids=positions, labels=none)).position_ids.tolist() == [[0]]
+
+
+def test_the_prefix_is_shared_whose_copies_are_most_tokens() -> None:
+    # three tokens of two lists are 3 to save, two tokens of three lists 4, and one of two 1
+    assert longest_shared([[1, 2, 3], [9], [1, 2], [1, 2, 3, 4], [9, 8]]) == (2, (0, 2, 3))
+    assert longest_shared([[], [1], [2]]) == (0, ())
+
+
+def test_a_shared_prefix_stands_in_front_and_every_token_and_label_keeps_its_sample() -> None:
+    x, image = IGNORE, 99
+    ids = torch.tensor([[7, 5, 5, 1, 2, 3, image, 1, 2, 3, 4, 1, 2, 6]])
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2]])
+    labels = torch.tensor([[x, x, 5, x, x, x, 8, x, x, 4, 9, x, x, 9]])
+    host = HostIds(input_ids=ids, position_ids=positions, labels=labels)
+    found = share_prefix(needed_tokens(host), host, image_id=image)
+    # of 1 2 3 the second 3 has a label of its own
+    assert found.tokens is not None
+    assert found.tokens.tolist() == [3, 4, 0, 1, 2, 5, 6, 9, 10, 13]
+    assert found.position_ids.tolist() == [[0, 1, 0, 1, 2, 2, 3, 2, 3, 2]]
+    assert found.samples is not None
+    assert found.samples[0, 0].tolist() == [[0, 2, 5, 0], [0, 5, 7, 2], [0, 7, 9, 2], [0, 9, 10, 2]]
+    assert found.labels.tolist() == [5, 8, 4, 9, 9]
+    assert ids.view(-1)[found.tokens[found.labelled]].tolist() == [5, image, 3, 4, 6]
+    every = HostIds(input_ids=ids, position_ids=positions, labels=ids)
+    assert share_prefix(needed_tokens(every), every, image_id=image).samples is None
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox", "mixtral"])
+def test_a_prefix_of_several_samples_runs_once_and_loss_and_gradients_are_the_plain_ones(
+    build: Build, family: str
+) -> None:
+    loaded = with_language_model(build(), FAMILIES[family][0])
+    system = torch.arange(200, 206)
+
+    def told(encoded: Encoded) -> Encoded:
+        unlabelled = torch.full_like(system, IGNORE)
+        ids, labels = torch.cat([system, encoded.input_ids]), torch.cat([unlabelled, encoded.labels])
+        return replace(encoded, input_ids=ids, labels=labels)
+
+    one, two = (told(sample(loaded, text=range(40, 50), images=count, trained=4, seed=count)) for count in (1, 0))
+    other = sample(loaded, text=range(60, 65), images=1, trained=2, seed=3)
+    batch = batch_of(loaded, [[other, one, two], [told(other)]])
+    plain_loss, plain = plain_gradients(loaded, batch)
+    lengths: list[int] = []
+    layer = loaded.model.language_model.base_model.get_submodule("layers.0")
+    layer.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+    loss = loaded.model(batch)
+    loss.backward()
+    needed = len(needed_tokens(batch.ids).position_ids[0])
+    assert lengths == [needed if family == "mixtral" else needed - 2 * len(system)]
+    assert float(loss.detach()) == pytest.approx(plain_loss, abs=1e-4)  # a sum of 12 terms of about 6
+    for name, gradient in gradients(loaded.model).items():
+        # fp32, the same products in sums of another order
+        torch.testing.assert_close(gradient, plain[name], rtol=1e-4, atol=2e-5, msg=name)
 
 
 @pytest.mark.parametrize("images", [0, 2])
