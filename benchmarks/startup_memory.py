@@ -36,7 +36,7 @@ def main() -> None:
             print(f"{way:<24}{shares}", flush=True)
 
 
-def write_model(folder: Path) -> int:
+def write_model(folder: Path, *, width: int = 1024, layers: int = 8) -> int:
     """Write parts and a model directory; gives the bytes of the model's weights."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -58,7 +58,11 @@ def write_model(folder: Path) -> int:
     tokenizer.save_pretrained(folder / "llm")
     LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=8192, hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16
+            vocab_size=8192,
+            hidden_size=width,
+            intermediate_size=width * 11 // 4,
+            num_hidden_layers=layers,
+            num_attention_heads=16,
         )
     ).save_pretrained(folder / "llm")
     CLIPVisionModel(

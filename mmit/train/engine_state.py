@@ -42,6 +42,7 @@ from mmit.train.pieces import (
 )
 
 if TYPE_CHECKING:
+    from mmit.train.copies import Copies
     from mmit.train.engine import Engine
 
 BUFFERS = "buffers.safetensors"
@@ -80,8 +81,8 @@ class EngineState:
         return [name, BUFFERS, DESCRIPTION]
 
 
-def take(engine: Engine, *, copies: bool) -> EngineState:
-    """This rank's part of the state: a copy of it as it is now, or what is read when it is written."""
+def take(engine: Engine, *, copies: Copies | None) -> EngineState:
+    """This rank's part of the state: a copy of it as it is now, or without ``copies`` what is read when written."""
     model, steps = engine.module, optimizer_steps(engine)
     places = _places(engine)
     keys = (WEIGHT, *MOMENTS) if steps else (WEIGHT,)
@@ -90,7 +91,7 @@ def take(engine: Engine, *, copies: bool) -> EngineState:
     return EngineState(
         places=places,
         keys=keys,
-        values=[(key, at, value.to("cpu", copy=True)) for key, at, value in values] if copies else values,
+        values=values if copies is None else [(key, at, copies.of(f"{key} {at}", value)) for key, at, value in values],
         buffers={name: buffer.detach().cpu().clone() for name, buffer in model.named_buffers() if name in kept},
         description={
             "steps": steps,

@@ -14,6 +14,7 @@ from mmit.distributed import rank
 from mmit.models import Frozen, LoadedModel, Weights, base_directory, save_model
 from mmit.models.absent import made_whole
 from mmit.models.tensor_file import bytes_of, outlined
+from mmit.train.copies import Copies
 from mmit.train.engine import Engine
 from mmit.train.features import StageFeatures
 from mmit.train.stage_folder import newest
@@ -56,12 +57,12 @@ class ModelWriter:
         self._features, self._checkpoints = features, checkpoints
         self._has_written = False
 
-    def take(self, *, copies: bool) -> HeldModel:
+    def take(self, *, copies: Copies | None) -> HeldModel:
         """The model as it is now where it is to be copied, else as it will be when it is written; collective.
 
         A copy holds what training changes: weights that stay are not copied, except under ZeRO-3.
         """
-        tensors = self._copied() if copies else self._engine.weights()
+        tensors = self._engine.weights() if copies is None else self._copied(copies)
         made_from = self._made_from()
 
         def write(weights: Weights, directory: Path, place: Path) -> None:
@@ -76,10 +77,10 @@ class ModelWriter:
         stay = self._staying()
         return sum(bytes_of(tensor) for name, tensor in self._engine.outline().items() if name not in stay)
 
-    def _copied(self) -> list[tuple[str, Tensor]]:
+    def _copied(self, copies: Copies) -> list[tuple[str, Tensor]]:
         stay = self._staying()
         return [
-            (name, tensor if name in stay else tensor.to("cpu", copy=True))
+            (name, tensor if name in stay else copies.of(name, tensor))
             for name, tensor in self._engine.weights()
             if rank() == 0
         ]

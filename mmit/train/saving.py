@@ -26,6 +26,7 @@ from mmit.distributed import logger, rank, world_size
 from mmit.errors import CheckpointError, OtherRankFailed
 from mmit.train import engine_state
 from mmit.train.checkpoint import FILES, RunState, collectively, crc_of
+from mmit.train.copies import Copies
 from mmit.train.engine import Engine
 from mmit.train.host_memory import copies_fit
 from mmit.train.model_writer import HeldModel, ModelWriter
@@ -51,10 +52,7 @@ class _Held:
 
 @dataclass(frozen=True, kw_only=True)
 class _OnItsWay:
-    """A checkpoint that the writer works at. own: this rank's files; published: on rank 0, the whole.
-
-    The copy itself is not kept here: its memory is free again when it is written.
-    """
+    """A checkpoint that the writer works at. own: this rank's files; published: on rank 0, the whole."""
 
     partial: Path
     final: Path
@@ -80,6 +78,7 @@ class Saver:
     ) -> None:
         self._folder, self._engine, self._model = folder, engine, model
         self._keep_last, self._background, self._on_failure = keep_last, background, on_failure
+        self._copies = Copies()
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._abandoned = threading.Event()
         self._on_its_way: _OnItsWay | None = None
@@ -96,7 +95,7 @@ class Saver:
         self._taken = state.step
         name = f"step-{state.step:06d}"
         partial, final = self._folder / f".{name}.partial", self._folder / name
-        copies = self._background and not in_step
+        copies = self._copies if self._background and not in_step else None
         with self._told(partial):
             collectively(lambda: _make_empty(partial), what=partial)
             held = _Held(
@@ -107,7 +106,7 @@ class Saver:
                 final=final,
                 best=best,
             )
-            if not copies:
+            if copies is None:
                 collectively(lambda: _write_own(held), what=partial)
                 collectively(lambda: self._publish(held), what=final)
                 return
@@ -133,7 +132,7 @@ class Saver:
 
     def write_model(self, directory: Path) -> None:
         """Write the model as it is now, and come back when it is on disk. Raises CheckpointError."""
-        held = self._model.take(copies=False)
+        held = self._model.take(copies=None)
         collectively(lambda: held.write(directory, directory), what=directory)
 
     def close(self) -> None:

@@ -81,7 +81,7 @@ def cases(config: Any, folder: Path) -> dict[str, Any]:
         got = step(engine, loaded)
         check.verify(had_images=True)
         path = folder / case.replace(" ", "-")
-        engine_state.take(engine, copies=False).write(path / "state")
+        engine_state.take(engine, copies=None).write(path / "state")
         if rank() == 0:
             save_model(loaded, got, path / "model", made_from={})
         torch.distributed.barrier()

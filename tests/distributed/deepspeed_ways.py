@@ -27,6 +27,7 @@ from mmit.models import build_model  # noqa: E402
 from mmit.models.placement import WHOLE, placed  # noqa: E402
 from mmit.models.shared_rows import RowGroup, share_rows  # noqa: E402
 from mmit.train import engine_state  # noqa: E402
+from mmit.train.copies import Copies  # noqa: E402
 from mmit.train.deepspeed_settings import deepspeed_config  # noqa: E402
 from mmit.train.engine import Engine, init_process_group  # noqa: E402
 from mmit.train.optim import adamw, parameter_groups  # noqa: E402
@@ -198,7 +199,7 @@ def try_way(
     """
     started = Run(config, way)
     made = [started.step() for _ in range(STEPS - 1)]
-    taken = engine_state.take(started.engine, copies=True)
+    taken = engine_state.take(started.engine, copies=Copies())
     saved = (after, copy_of(started.engine))
     started.step()  # a copy stays what it was
     taken.write(after)
@@ -242,7 +243,7 @@ def overflowing(config: Any, folder: Path) -> dict[str, Any]:
 
     make(whole, 5, "whole")
     make(first, 2, "in two")
-    engine_state.take(first.engine, copies=False).write(folder)
+    engine_state.take(first.engine, copies=None).write(folder)
     torch.distributed.barrier()
     second = Run(config, way)
     engine_state.load(second.engine, folder)

@@ -17,6 +17,7 @@ from mmit.config import ComposedModel, Zero
 from mmit.errors import CheckpointError
 from mmit.models import LoadedModel, build_model, tensor_file
 from mmit.train import checkpoint, engine_state
+from mmit.train.copies import Copies
 from mmit.train.deepspeed_settings import deepspeed_config
 from mmit.train.engine import Engine, init_process_group
 from mmit.train.model_writer import ModelWriter
@@ -131,3 +132,15 @@ def test_one_is_on_its_way_at_a_time_and_the_oldest_are_removed(saver: Callable[
         one.save(replace(STATE, step=step))
     one.finish()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000003"]
+
+
+def test_a_second_copy_lies_where_the_first_did_and_shares_nothing_with_what_is_copied() -> None:
+    copies, weight = Copies(), torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    first = copies.of("weight 0", weight)
+    assert (first.tolist(), first.requires_grad) == ([1.0, 2.0], False)
+    with torch.no_grad():
+        weight += 1
+    assert first.tolist() == [1.0, 2.0]
+    assert copies.of("weight 0", weight) is first
+    assert first.tolist() == [2.0, 3.0]
+    assert copies.of("weight 0", weight[:1]).tolist() == [2.0]
