@@ -4,7 +4,6 @@ Everything is Jinja, rendered by transformers' own sandbox: the tokenizer's temp
 one of those built in (``chat_templates/``). Text and spans are born together. A built-in template marks its answers
 with ``{% generation %}``; of any other the answers are found by rendering the conversation up to each of them, which
 also shows whether the template keeps its word: what the model reads before it answers is what it was trained on.
-
 What becomes of odd conversations is said in turns.py, for all templates alike.
 """
 
@@ -182,7 +181,8 @@ class ChatTemplate:
         return Rendered(text, trained, starts, dropped)
 
     def _message(self, turn: Message) -> dict[str, Any]:
-        if not self.takes_parts:
+        is_text = not any(isinstance(part, ImageRef) for part in turn.content)
+        if not self.takes_parts or (self.is_built_in and is_text):  # no list to loop over: half the time
             return {"role": turn.role, "content": as_text(turn.content)}
         parts = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in turn.content]
         return {"role": turn.role, "content": parts}
