@@ -61,6 +61,16 @@ class Zero(Section):
     extra: dict[str, Any] = Field(default_factory=dict)
     """Merged last into DeepSpeed's dictionary; keys that mmit sets itself are refused."""
 
+    @field_validator("offload_parameters", mode="before")
+    @classmethod
+    def _parameters_stay_in_memory(cls, place: object) -> object:
+        if place == "nvme":
+            raise ValueError(
+                "parameters are not offloaded to nvme, where DeepSpeed empties their folder each time that a part of "
+                "the model is partitioned; take cpu"
+            )
+        return place
+
     @model_validator(mode="after")
     def _what_moves_is_partitioned(self) -> Zero:
         if self.offload_optimizer == "cpu" and self.stage == 0:

@@ -124,18 +124,7 @@ def share_rows(model: VisionLanguageModel, group: RowGroup) -> None:
     Raises ConfigError where the model cannot be run on a part of a row.
     """
     language_model = model.language_model
-    kind, text = type(language_model).__name__, language_model.config.get_text_config()
-    heads = text.num_attention_heads
-    key_heads = getattr(text, "num_key_value_heads", None) or heads
-    reason = ""
-    if model.attention != PACKED:
-        reason = f"its attention is '{model.attention}', not {PACKED}"
-    elif model.window is not None:
-        reason = f"its layers look back on {model.window} tokens only"
-    elif model.packing_fault or not model.head_is_plain:
-        reason = model.packing_fault or "its logits are more than its output layer"
-    elif heads % group.size or (key_heads % group.size and group.size % key_heads):
-        reason = f"its {heads} heads ({key_heads} of keys) cannot be dealt to {group.size} ranks"
+    reason = why_not_shared(model, group.size, attention=model.attention)
     if not reason:
         before = _states(model, None)
         AttentionInterface.register(SHARED, partial(shared_attention, group))
@@ -146,8 +135,26 @@ def share_rows(model: VisionLanguageModel, group: RowGroup) -> None:
         if all_reduce_sum(torch.tensor([int(not difference <= allowed)], device=before.device)).item():
             reason = f"a row in parts gives other states than the row in one (by {difference:.2g})"
     if reason:
-        raise ConfigError(f"parallel.sequence: {kind} cannot share a row: {reason}; set it to 1")
+        raise ConfigError(
+            f"parallel.sequence: {type(language_model).__name__} cannot share a row: {reason}; set it to 1"
+        )
     model.row_group = group
+
+
+def why_not_shared(model: VisionLanguageModel, size: int, *, attention: str) -> str:
+    """Why ``size`` ranks cannot share the rows of a model with an attention, as far as its configuration tells."""
+    text = model.language_model.config.get_text_config()
+    heads = text.num_attention_heads
+    key_heads = getattr(text, "num_key_value_heads", None) or heads
+    if attention != PACKED:
+        return f"its attention is '{attention}', not {PACKED}"
+    if model.window is not None:
+        return f"its layers look back on {model.window} tokens only"
+    if model.packing_fault or not model.head_is_plain:
+        return model.packing_fault or "its logits are more than its output layer"
+    if heads % size or (key_heads % size and size % key_heads):
+        return f"its {heads} heads ({key_heads} of keys) cannot be dealt to {size} ranks"
+    return ""
 
 
 @torch.no_grad()

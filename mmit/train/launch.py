@@ -19,12 +19,12 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from mmit.config import RunConfig
+from mmit.config import RunConfig, Stage
 from mmit.distributed import logger
 from mmit.errors import EXIT_INTERRUPTED, CheckpointError, ConfigError, Interrupted, TrainingError
 from mmit.train.lifeline import VARIABLE, Lifeline
 from mmit.train.settings import check_unchanged
-from mmit.train.stage_folder import newest
+from mmit.train.stage_folder import check_output, newest
 
 GRACE_SECONDS = 600.0
 """How long ranks may take to save after SIGTERM before they are killed; a second signal cuts it short. As long as a
@@ -40,12 +40,15 @@ def run_stages(
     """Train ``stages`` in order, skipping those that are complete.
 
     command: arguments of ``mmit`` without the stage, such as ``["train", "run.yaml", "seed=1"]``.
-    Raises Interrupted where a stage was asked to stop, TrainingError where it failed.
+    Raises ConfigError for what no rank could mend, Interrupted where a stage was asked to stop, TrainingError where it
+    failed.
     """
     for name in stages:
         if not fresh and is_complete(config, name):
             continue
+        check_output(config.folder)
         count = ranks or local_ranks(config)
+        check_ranks(config.stages[name], name, count)
         threads = config.launch.threads_per_rank or max(1, (os.cpu_count() or 1) // count)
         logger.info(
             "stage %s: %d rank%s, %d CPU thread%s each", name, count, "s"[: count > 1], threads, "s"[: threads > 1]
@@ -82,6 +85,16 @@ def local_ranks(config: RunConfig) -> int:
     import torch
 
     return torch.accelerator.device_count() or config.launch.cpu_ranks
+
+
+def check_ranks(stage: Stage, name: str, ranks: int) -> None:
+    """Raise ConfigError where so many ranks cannot share rows as a stage asks."""
+    size = stage.parallel.sequence
+    if ranks % size:
+        raise ConfigError(
+            f"stages.{name}.parallel.sequence: {size} does not divide the {ranks} rank{'s'[: ranks > 1]}; set it to 1, "
+            f"or start a multiple of {size} ranks (--ranks, launch.cpu_ranks)"
+        )
 
 
 def launch(arguments: Sequence[str], *, ranks: int, threads: int, stage: str, next_time: Callable[[], str]) -> None:

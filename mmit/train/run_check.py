@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,17 @@ from torch import nn
 from mmit.config import ComposedModel, RunConfig, Stage
 from mmit.data.local_shards import check_present
 from mmit.errors import ConfigError, MmitError
-from mmit.models import LoadedModel, VisionLanguageModel, build_model, load_weights
-from mmit.models.attention_choice import why_not_ever, why_not_here
+from mmit.models import LoadedModel, build_model, load_weights
 from mmit.models.compiled import why_not_compiled
 from mmit.models.encoders import build_encoder
-from mmit.models.kernels import why_no_liger, why_no_liger_here
 from mmit.models.language_models import read_language_model
 from mmit.models.placement import SHAPES, placed
 from mmit.models.rules import check_frozen
+from mmit.train.choices import RuledOut, not_on_this_machine, ruled_out
 from mmit.train.feed import location, make_encode
 from mmit.train.origin import start_directory
 from mmit.train.sinks import check_sinks
+from mmit.train.stage_folder import check_output
 from mmit.train.trained import table
 
 DTYPE = torch.float32
@@ -44,6 +44,11 @@ class RunReport:
         made = [line for name, rows in self.trains.items() for line in (f"stage {name}", rows)]
         return [*made, *(f"note: {note}" for note in self.notes)]
 
+    def take(self, found: Iterable[RuledOut]) -> None:
+        """Note choices that cannot be had."""
+        for one in found:
+            (self.notes if one.elsewhere else self.mistakes).append(one.told)
+
     def attempt(self, action: Callable[[], Any]) -> Any:  # noqa: ANN401 - whatever the action gives
         """What ``action`` gives, or None where it raised; its sentence is then a mistake, told once."""
         try:
@@ -60,6 +65,10 @@ def check_run(config: RunConfig, *, data: bool = True) -> RunReport:
     data: False leaves the data out. Of shards, only the manifest is read and that the files are there.
     """
     report = RunReport()
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would warn that it found none
+    report.attempt(lambda: check_output(config.folder))
+    report.take(not_on_this_machine(config))
     with placed(SHAPES):
         loaded = _model(config, report)
         for name, stage in config.stages.items():
@@ -94,8 +103,6 @@ def _model(config: RunConfig, report: RunReport) -> LoadedModel | None:
 
 def _check_engine(stage: Stage, name: str, report: RunReport) -> None:
     def make() -> None:
-        if not torch.accelerator.is_available():
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would warn that it found none
         from mmit.train.deepspeed_settings import deepspeed_config
         from mmit.train.zero_choice import least_stage
 
@@ -118,37 +125,10 @@ def _check_data(config: RunConfig, name: str, report: RunReport) -> None:
         report.attempt(lambda text=stage.evaluate.text: check_present(text))
 
 
-def _check_attention(stage: Stage, name: str, model: VisionLanguageModel, report: RunReport, precision: str) -> None:
-    """What the model rules out is a mistake; what this machine rules out is a note, since another may train."""
-    if stage.attention == "auto":
-        return
-    told = f"stages.{name}.attention: {stage.attention} does not serve"
-    if reason := why_not_ever(model.language_model, stage.attention):
-        report.mistakes.append(f"{told}: {reason}; set it to auto")
-        return
-    on_gpu = torch.cuda.is_available()
-    dtype = torch.bfloat16 if precision == "bf16" or (precision == "auto" and on_gpu) else torch.float32
-    device = "cuda" if on_gpu else "cpu"
-    if reason := why_not_here(model.language_model, stage.attention, device=device, dtype=dtype):
-        report.notes.append(f"{told} on this machine: {reason}")
-
-
-def _check_kernels(stage: Stage, name: str, model: VisionLanguageModel, report: RunReport) -> None:
-    """As ``_check_attention``."""
-    if stage.kernels != "liger":
-        return
-    told = f"stages.{name}.kernels: liger does not serve"
-    if reason := why_no_liger(model.language_model):
-        report.mistakes.append(f"{told}: {reason}; set it to auto")
-    elif reason := why_no_liger_here(torch.device("cuda" if torch.cuda.is_available() else "cpu")):
-        report.notes.append(f"{told} on this machine: {reason}")
-
-
 def _check_stage(config: RunConfig, name: str, loaded: LoadedModel, report: RunReport) -> None:
     stage, model = config.stages[name], loaded.model
     report.attempt(lambda: make_encode(stage.data, loaded))
-    _check_attention(stage, name, model, report, config.precision)
-    _check_kernels(stage, name, model, report)
+    report.take(ruled_out(stage, name, model, precision=config.precision))
     if stage.init_from not in config.stages:
         directory = report.attempt(lambda: start_directory(config, name))
         if directory is not None:

@@ -10,6 +10,7 @@ from mmit.errors import ConfigError
 from mmit.models import LoadedModel
 from mmit.models.shared_rows import RowGroup, share_rows
 from mmit.train.engine import device
+from mmit.train.launch import check_ranks
 
 
 def share(loaded: LoadedModel, stage: Stage, name: str) -> None:
@@ -20,8 +21,7 @@ def share(loaded: LoadedModel, stage: Stage, name: str) -> None:
     size = stage.parallel.sequence
     if size == 1:
         return
-    if world_size() % size:
-        raise ConfigError(f"stages.{name}.parallel.sequence: {size} does not divide the {world_size()} ranks")
+    check_ranks(stage, name, world_size())
     ranks, _ = torch.distributed.new_subgroups(group_size=size)
     assert ranks is not None, "every rank is in a group"
     loaded.model.to(device())  # where it is tried, and stays

@@ -1,8 +1,9 @@
-"""The folder of a stage: the lock that keeps two runs from writing into it, and its complete checkpoints."""
+"""The folders of a run and of a stage: the lock that keeps two runs out of each other, and the complete checkpoints."""
 
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ def open_folder(folder: Path, *, fresh: bool) -> HeldFolder:
             held.close()
             raise
     except OSError as error:
-        raise ConfigError(f"output {folder}: cannot be written: {error.strerror}") from None
+        raise _unwritable(folder, error) from None
     return held
 
 
@@ -65,6 +66,20 @@ def _prepare(held: HeldFolder, *, fresh: bool) -> None:
             )
         shutil.rmtree(held.folder)
     held.folder.mkdir(parents=True, exist_ok=True)
+
+
+def check_output(folder: Path) -> None:
+    """Raise ConfigError where ``folder``, or what is missing on the way to it, could not be made and written into."""
+    there = next(one for one in (folder, *folder.absolute().parents) if one.exists() or one.is_symlink())
+    try:
+        with tempfile.TemporaryDirectory(prefix=".mmit-", dir=there):
+            pass
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+
+
+def _unwritable(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"output {folder}: cannot be written: {error.strerror}; name another folder as 'output'")
 
 
 def newest(folder: Path) -> Path | None:

@@ -45,4 +45,7 @@ def test_a_stage_on_shared_rows_goes_on_from_its_checkpoint_with_the_same_bits(r
 
 
 def test_ranks_that_cannot_be_dealt_to_rows_are_refused(result: Any) -> None:
-    assert result["refused"] == "stages.instruct.parallel.sequence: 3 does not divide the 2 ranks"
+    assert result["refused"] == (
+        "stages.instruct.parallel.sequence: 3 does not divide the 2 ranks; set it to 1, or start a multiple of 3 ranks "
+        "(--ranks, launch.cpu_ranks)"
+    )

@@ -1,11 +1,13 @@
 """What may be offloaded where, and what this machine cannot do is refused with a sentence before a part is read."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.swap_tensor import partitioned_param_swapper
 from pydantic import ValidationError
 
 from mmit.config import Zero
@@ -23,6 +25,7 @@ BUILDER = type(get_accelerator().create_op_builder("AsyncIOBuilder"))
         ({"stage": 0, "offload_optimizer": "cpu"}, "offload_optimizer: cpu needs stage 1, 2 or 3"),
         ({"stage": 2, "offload_optimizer": "nvme", "nvme_path": "x"}, "offload_optimizer: nvme needs stage 3"),
         ({"stage": 2, "offload_parameters": "cpu"}, "offload_parameters: cpu needs stage 3"),
+        ({"stage": 3, "offload_parameters": "nvme", "nvme_path": "x"}, "not offloaded to nvme, .* empties .* take cpu"),
         ({"stage": 3, "offload_optimizer": "nvme"}, "nvme_path: .* needs a folder"),
         ({"stage": 3, "offload_optimizer": "cpu", "nvme_path": "x"}, "nvme_path: nothing is offloaded to it"),
     ],
@@ -69,6 +72,22 @@ def test_what_was_offloaded_is_taken_away(tmp_path: Path) -> None:
     (own / "1.tensor.swp").write_text("x")
     nvme.remove(Zero(stage=3, offload_optimizer="nvme", nvme_path=str(tmp_path / "stage")))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_deepspeed_empties_the_folder_of_parameters_with_every_part_that_it_partitions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Why parameters are not offloaded to NVMe; every ``zero.Init`` makes such a swapper."""
+    monkeypatch.setattr(partitioned_param_swapper.dist, "get_rank", lambda: 0)
+    of_a_part_before = tmp_path / "zero_stage_3" / "float32params" / "rank0" / "0_param.tensor.swp"
+    of_a_part_before.parent.mkdir(parents=True)
+    of_a_part_before.write_bytes(b"weights")
+    swapper = object.__new__(partitioned_param_swapper.AsyncPartitionedParameterSwapper)
+    swapper.dtype = torch.float32
+    folder = SimpleNamespace(zero_config=SimpleNamespace(offload_param=SimpleNamespace(nvme_path=str(tmp_path))))
+    with pytest.raises(AttributeError, match="aio_config"):  # it goes on to async_io, which need not build here
+        swapper._configure_aio(folder)
+    assert not of_a_part_before.exists()
 
 
 def test_fp16_is_refused_where_the_device_does_not_compute_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,13 @@
 """A run file is checked against its parts without their weights: a model in the shape of 7 B in seconds."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from deepspeed.accelerator import get_accelerator
 from factories import tiny_llama_tokenizer
 from model_factories import tiny_clip_dir, tiny_model_section
 from transformers import CLIPImageProcessor, CLIPVisionConfig, Gemma2Config, LlamaConfig, MambaConfig, PretrainedConfig
@@ -13,6 +15,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, Gemma2Config, Lla
 from mmit.config import ComposedModel, load_config
 from mmit.errors import ConfigError
 from mmit.models import build_model, save_model
+from mmit.train.launch import run_stages
 from mmit.train.run_check import DTYPE, RunReport, check_run, refuse_mistakes
 
 BATCH = {"length": 2048, "tokens_per_step": 8192}
@@ -240,6 +243,41 @@ def test_an_attention_and_kernels_that_cannot_run_are_told(tmp_path: Path, monke
         "stages.two.attention: flex_attention does not serve on this machine: it runs on GPUs only and the model is "
         "on cpu"
     ]
+
+
+def test_what_the_machine_or_the_model_does_not_offer_is_told_and_refused_before_a_rank_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 0)
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
+    monkeypatch.setattr("mmit.train.sinks.find_spec", lambda _: None)
+    (tmp_path / "file").touch()
+    parts = tiny_model_section(tmp_path / "parts")  # 4 heads
+    stage = {"train": {"connector": 1e-3}}
+    path = run_file(tmp_path, parts, one={**stage, "parallel": {"sequence": 3}, "log": {"wandb": {"project": "p"}}})
+    config = load_config(path, ["precision=fp16", "launch.cpu_ranks=2", f"output={tmp_path / 'file' / 'run'}"])
+    report = check_run(config)
+    ranks = (
+        "stages.one.parallel.sequence: 3 does not divide the 2 ranks; set it to 1, or start a multiple of 3 ranks "
+        "(--ranks, launch.cpu_ranks)"
+    )
+    assert report.mistakes == [
+        f"output {tmp_path / 'file' / 'run'}: cannot be written: Not a directory; name another folder as 'output'",
+        "log.wandb needs the package 'wandb': pip install 'mmit[wandb]'",
+        "stages.one.parallel.sequence: LlamaForCausalLM cannot share a row: its 4 heads (4 of keys) cannot be dealt to "
+        "3 ranks; set it to 1",
+    ]
+    # another machine may train
+    assert report.notes == [
+        "precision: DeepSpeed does not train in fp16 on this CPU (it lacks AVX512-FP16); set it to bf16 or fp32",
+        ranks,
+    ]
+    with pytest.raises(ConfigError, match=r"^output .*/file/run: cannot be written: Not a directory; name another"):
+        run_stages(config, [], stages=["one"], ranks=None, fresh=False)
+    config = load_config(path, ["launch.cpu_ranks=2", f"output={tmp_path / 'run'}"])
+    with pytest.raises(ConfigError, match=f"^{re.escape(ranks)}$"):
+        run_stages(config, [], stages=["one"], ranks=None, fresh=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_directory_that_no_stage_can_start_from_is_told(tmp_path: Path) -> None:
