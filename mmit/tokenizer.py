@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmit.errors import ConfigError, MissingExtra
+from mmit.hub import revision_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,7 +78,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         raise ConfigError(f"tokenizer '{path}': the directory has neither tokenizer.json nor tokenizer.model")
     try:
         with _without_remarks():
-            found = AutoTokenizer.from_pretrained(directory if is_local else str(path), trust_remote_code=False)
+            found = AutoTokenizer.from_pretrained(
+                directory if is_local else str(path), revision=revision_of(path), trust_remote_code=False
+            )
     except (OSError, ValueError, ImportError, KeyError, TypeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:200]
         where = "" if is_local else " (no local directory of this name; taken for a name on the hub)"

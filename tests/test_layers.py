@@ -14,6 +14,7 @@ LAYERS = {
     "config": 1,
     "config_file": 1,
     "distributed": 1,
+    "hub": 1,
     "conversation": 2,
     "images": 2,
     "image_files": 2,

@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from mmit.config import ComposedModel, WholeModel
 from mmit.errors import ConfigError
+from mmit.hub import revision_of
 from mmit.images import ImageSpec
 from mmit.models.adapter_names import is_adapter
 from mmit.models.load import open_section
@@ -59,7 +60,7 @@ def language_model_shape(section: ComposedModel | WholeModel, rules: Mapping[str
     if isinstance(section, ComposedModel):
         path = section.language_model.path
         try:
-            config = AutoConfig.from_pretrained(path).get_text_config()
+            config = AutoConfig.from_pretrained(path, revision=revision_of(path)).get_text_config()
         except (OSError, ValueError) as error:
             first = str(error).splitlines()[0]
             raise ConfigError(f"model.language_model.path: {path} cannot be read: {first}") from error

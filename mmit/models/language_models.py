@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from mmit.errors import ConfigError
+from mmit.hub import revision_of
 from mmit.models.encoders import check_is_there, readable
 from mmit.models.placement import placement, take_whole
 
@@ -38,9 +39,11 @@ def read_language_model(path: str, *, dtype: torch.dtype) -> PreTrainedModel:
     report: dict[str, Any] = {"missing_keys": ()}
     with readable(path, key="model.language_model.path", what="a causal language model"), kept.born():
         if kept.holds:
-            model, report = reader.from_pretrained(path, dtype=dtype, output_loading_info=True)
+            model, report = reader.from_pretrained(
+                path, revision=revision_of(path), dtype=dtype, output_loading_info=True
+            )
         else:
-            model = reader.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
+            model = reader.from_config(AutoConfig.from_pretrained(path, revision=revision_of(path)), dtype=dtype)
             model.tie_weights()
     if report["missing_keys"]:
         some = ", ".join(sorted(report["missing_keys"])[:3])

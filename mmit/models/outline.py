@@ -16,6 +16,7 @@ from transformers.initialization import no_init_weights
 from mmit.config import ComposedModel, WholeModel
 from mmit.config import Connector as ConnectorSection
 from mmit.encoding import Style
+from mmit.hub import revision_of
 from mmit.images import ImageSpec
 from mmit.instructions import InstructionReader
 from mmit.models.build import image_spec
@@ -54,7 +55,7 @@ def _of_parts(section: ComposedModel) -> Outline:
     tower = build_encoder(section.encoder, dtype=torch.float32)
     assert isinstance(tower, VisionEncoder), "build_encoder checks it"
     with readable(path, key="model.language_model.path", what="a causal language model"):
-        config: Any = AutoConfig.from_pretrained(path).get_text_config()
+        config: Any = AutoConfig.from_pretrained(path, revision=revision_of(path)).get_text_config()
     connector = _connector(section.connector, tower, config.hidden_size)
     prepared = prepare_tokenizer(load_tokenizer(path), rows=config.vocab_size)
     add_tokens(prepared.tokenizer, section.language_model.new_tokens)

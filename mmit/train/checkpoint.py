@@ -190,8 +190,8 @@ def _load(checkpoint: Path, engine: Engine, state: RunState) -> None:
         raise CheckpointError(f"{checkpoint}: holds no state of the optimizer")
 
 
-def facts(config: RunConfig, *, stage: str, plan: str) -> dict[str, Any]:
-    """What a model directory is said to be made from: the resolved config, package versions, git state."""
+def facts(config: RunConfig, *, stage: str, plan: str, revisions: Mapping[str, str]) -> dict[str, Any]:
+    """What a model directory is said to be made from: resolved config, package versions, commits on the hub, git."""
     import platform
     from importlib.metadata import version
 
@@ -202,6 +202,7 @@ def facts(config: RunConfig, *, stage: str, plan: str) -> dict[str, Any]:
         "settings": deciding_settings(config, stage),
         "config": config.model_dump(mode="json"),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "revisions": dict(revisions),
         "git": _git_state(),
         "ranks": world_size(),
     }

@@ -83,7 +83,7 @@ def _facts(stage: StageFiles) -> dict[str, dict[str, Any]]:
     return {
         "settings": dict(_paths(whole, "")) | dict(_paths(stage.stage, "stage")),
         "data": plan | dict(_paths(stage.facts.get("data"), "")),
-        "versions": dict(_paths(stage.facts.get("versions"), "")),
+        "versions": dict(_paths(stage.facts.get("versions"), "")) | dict(_paths(stage.facts.get("revisions"), "")),
         "made with": made_with,
         "results": results(stage),
         "answers": last_answers(stage),

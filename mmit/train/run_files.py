@@ -16,6 +16,7 @@ import yaml
 from mmit.errors import ConfigError
 
 if TYPE_CHECKING:
+    from mmit.config import RunConfig
     from mmit.data import Plan
 
 FACTS = "stage.json"
@@ -66,6 +67,16 @@ def write_facts(folder: Path, made_from: Mapping[str, Any], plan: Plan) -> None:
     data = {"steps": plan.steps, "samples": plan.samples, "rows": plan.rows}
     content = {**made_from, "data": {**data, "sources": [asdict(share) for share in shares_of(plan)]}}
     (folder / FACTS).write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def revisions_before(config: RunConfig, name: str) -> dict[str, str]:
+    """Name -> commit of what a stage, or else the one that it starts from, read from the hub when it began."""
+    while name in config.stages:
+        facts = _json(config.stage_folder(name) / FACTS)
+        if "revisions" in facts:
+            return {one: commit for one, commit in _mapping(facts, "revisions").items() if isinstance(commit, str)}
+        name = config.stages[name].init_from
+    return {}
 
 
 def read_run(folder: Path) -> list[StageFiles]:

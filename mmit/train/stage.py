@@ -6,7 +6,7 @@ import errno
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -30,7 +30,9 @@ from mmit.distributed import (
     world_size,
 )
 from mmit.errors import ConfigError, Interrupted, OtherRankFailed, TrainingError
+from mmit.hub import Revisions, pinning
 from mmit.train.launch import is_complete
+from mmit.train.run_files import revisions_before
 from mmit.train.settings import deciding_settings
 from mmit.train.stage_folder import BEGUN, open_folder
 from mmit.train.stage_parts import announce, attend, build, make_engine
@@ -111,6 +113,7 @@ class _Ready:
     engine: Engine
     state: RunState
     work: Work | None
+    commits: Mapping[str, str]
 
     @property
     def stage(self) -> Stage:
@@ -131,7 +134,8 @@ def _train(config: RunConfig, name: str, *, stop: StopRequest, fresh: bool) -> P
     held = checkpoint.collectively(lambda: open_folder(folder, fresh=fresh) if rank() == 0 else None, what=folder)
     try:
         config = with_zero_stage(config, name, dtype=resolve_precision(config.precision))
-        ready = _make_ready(config, name, stop=stop)
+        with pinning(revisions_before(config, name)) as revisions:
+            ready = _make_ready(config, name, revisions, stop=stop)
         if rank() == 0:
             write_whole(folder / BEGUN, resolved_yaml(config).encode())
         announce(config, name, ready.feed.plan)
@@ -142,7 +146,7 @@ def _train(config: RunConfig, name: str, *, stop: StopRequest, fresh: bool) -> P
             held.close()
 
 
-def _make_ready(config: RunConfig, name: str, *, stop: StopRequest) -> _Ready:
+def _make_ready(config: RunConfig, name: str, revisions: Revisions, *, stop: StopRequest) -> _Ready:
     from mmit.train import checkpoint
     from mmit.train.answers import plan_answers
     from mmit.train.engine import resolve_precision
@@ -172,8 +176,9 @@ def _make_ready(config: RunConfig, name: str, *, stop: StopRequest) -> _Ready:
     )
     evaluation = plan_evaluation(config, name, feed)
     answers = plan_answers(config, name, loaded, evaluation, feed.encode.template)
-    held_out = [part.fingerprint for part in (evaluation, answers) if part is not None]
-    _check_ranks_agree(state, held_out=" ".join(held_out))
+    held_out = " ".join(part.fingerprint for part in (evaluation, answers) if part is not None)
+    commits = revisions.commits()
+    _check_ranks_agree(state, {"held-out plan": held_out, "revision on the hub": commits})
     count_work = work_of(loaded.model) if is_measured(stage.log.mfu) else None
     engine = make_engine(config, name, loaded, dtype=dtype)
     work = None if count_work is None else count_work()
@@ -189,19 +194,19 @@ def _make_ready(config: RunConfig, name: str, *, stop: StopRequest) -> _Ready:
         engine=engine,
         state=state,
         work=work,
+        commits=commits,
     )
 
 
-def _check_ranks_agree(state: RunState, *, held_out: str) -> None:
+def _check_ranks_agree(state: RunState, others: Mapping[str, Any]) -> None:
     """Raise TrainingError where ranks would train on other plans, settings or versions; collective."""
     liger = ["liger-kernel"] if find_spec("liger_kernel") else []  # it is looked for, and taken where it is found
     versions = {package: version(package) for package in ("mmit", "torch", "transformers", "deepspeed", *liger)}
     parts = {"plan": state.plan, "precision": state.precision, "settings": state.settings, "versions": versions}
-    parts["held-out plan"] = held_out
-    for what, value in parts.items():
-        if others := ranks_that_differ(json.dumps(value, sort_keys=True, default=str)):
+    for what, value in {**parts, **others}.items():
+        if differ := ranks_that_differ(json.dumps(value, sort_keys=True, default=str)):
             raise TrainingError(
-                f"ranks {', '.join(map(str, others))} have another {what} than rank 0; "
+                f"ranks {', '.join(map(str, differ))} have another {what} than rank 0; "
                 "give all hosts the same run file, shards and packages"
             )
 
@@ -218,7 +223,9 @@ def _run(ready: _Ready, *, stop: StopRequest) -> Path:
     from mmit.train.watchdog import SAVING, Watchdog
 
     stage, folder, state, steps = ready.stage, ready.folder, ready.state, ready.feed.plan.steps
-    made_from = checkpoint.facts(ready.config, stage=ready.name, plan=ready.feed.plan.fingerprint)
+    made_from = checkpoint.facts(
+        ready.config, stage=ready.name, plan=ready.feed.plan.fingerprint, revisions=ready.commits
+    )
     if rank() == 0:
         write_facts(folder, made_from, ready.feed.plan)
     skipped = SkippedRecord(folder, ready.feed.plan, state, max_skipped=stage.data.max_skipped)

@@ -1,4 +1,4 @@
-"""The folders of a run and of a stage: the lock that keeps two runs out of each other, and the complete checkpoints."""
+"""The folders of a run and of a stage: the lock that keeps two runs apart, and the complete checkpoints."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, CLIPVisionModel, DINOv3ViTModel, PreTrainedConfig, PreTrainedModel
 
 from mmit.errors import ConfigError
+from mmit.hub import revision_of
 from mmit.models.encoders.families import FAMILIES, NOISE
 from mmit.models.encoders.positions import resample_positions
 from mmit.models.encoders.tower import Cls, HubForm, ImageInput, Layer, check_input_size, joined, states_to_read
@@ -129,7 +130,12 @@ def read_tower(path: str, *, layer: Layer, cls: Cls, image_size: int | None, dty
         if placement().holds:
             mapping = _HOLDING_A_TOWER.get(config.model_type)
             model, report = reader.from_pretrained(
-                path, config=vision, dtype=dtype, output_loading_info=True, key_mapping=mapping
+                path,
+                revision=revision_of(path),
+                config=vision,
+                dtype=dtype,
+                output_loading_info=True,
+                key_mapping=mapping,
             )
         else:
             with placement().born():
@@ -233,7 +239,7 @@ def _side(config: Any) -> int:  # noqa: ANN401  (a vision configuration)
 def _read_config(path: str) -> PreTrainedConfig:
     check_is_there(path, key="model.encoder.path")
     with readable(path, key="model.encoder.path", what="a transformers model"):
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, revision=revision_of(path))
 
 
 def _read_processor(path: str) -> dict[str, Any]:
@@ -257,5 +263,5 @@ def _file(path: str, name: str) -> Path | None:
     file = Path(path) / name
     if file.is_file() or Path(path).is_dir():
         return file if file.is_file() else None
-    found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+    found = cached_file(path, name, revision=revision_of(path), _raise_exceptions_for_missing_entries=False)
     return Path(found) if found else None

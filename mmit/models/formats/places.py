@@ -9,6 +9,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from mmit.errors import CheckpointError
+from mmit.hub import revision_of
 
 _DESCRIPTIONS = ("*.json", "*.txt", "*.jinja", "tokenizer.model")
 _WEIGHTS = ("*.safetensors", "*.bin")
@@ -66,11 +67,13 @@ def _first_line(error: Exception) -> str:
 
 
 def _fetched(name: str, *, weights: bool) -> Path:
-    directory = Path(snapshot_download(name, allow_patterns=[*_DESCRIPTIONS, *_BESIDE_WEIGHTS]))
+    revision = revision_of(name)
+    described = [*_DESCRIPTIONS, *_BESIDE_WEIGHTS]
+    directory = Path(snapshot_download(name, revision=revision, allow_patterns=described))
     if weights:
         # many repositories hold the same weights twice
         for pattern in _WEIGHTS:
-            directory = Path(snapshot_download(name, allow_patterns=pattern))
+            directory = Path(snapshot_download(name, revision=revision, allow_patterns=pattern))
             if any(directory.glob(pattern)):
                 break
     return directory
