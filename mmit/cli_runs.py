@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -42,6 +43,7 @@ def plan(
     from mmit.train.stage import prepare_process
 
     prepare_process()
+    from mmit.train.plan_advice import advice
     from mmit.train.plan_table import as_json as described
     from mmit.train.plan_table import plan_lines, plan_table
     from mmit.train.planner import Machine, plan_run
@@ -58,11 +60,18 @@ def plan(
         return
     from rich.console import Console
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 132)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
     for one in plans:
         console.print(plan_table(one, width=console.width))
         for line in plan_lines(one):
-            console.print(line, markup=False, soft_wrap=True)
+            console.print(line, markup=False)
+        if machine.memory:
+            found = advice(one)
+            console.print(found.sentence, markup=False, style="bold")
+            if found.overrides:
+                # one line however long it is, to be pasted
+                console.print(f"  mmit train {file} {shlex.join(found.overrides)}", markup=False, soft_wrap=True)
+        console.print()
 
 
 def report(

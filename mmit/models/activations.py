@@ -50,8 +50,8 @@ class RowLoad:
 class ActivationPeak:
     """Bytes above the weights, where each weight's gradient leaves as soon as it is made.
 
-    by_part: of the worst moment. curve: between one gradient's leaving and the next: bytes of those that have left so
-    far, and the most bytes that were alive meanwhile.
+    by_part: of the worst moment. curve: from one gradient's leaving, it included, to the next's: bytes of those that
+    have left so far, and the most bytes that were alive meanwhile.
     """
 
     by_part: Mapping[str, int]
@@ -61,6 +61,11 @@ class ActivationPeak:
     def released(self) -> int:
         """The worst moment."""
         return self.after(0)
+
+    @property
+    def before(self) -> int:
+        """The worst moment of those before the first gradient of a weight leaves."""
+        return self.curve[0][1]
 
     @property
     def kept(self) -> int:
@@ -146,8 +151,8 @@ class _Pass(LiveTensors):
         """Let the gradient of a weight go, as if it had been handed on."""
         assert parameter.grad is not None, "the hook of a gradient that was just made"
         left = self.curve[-1][0] + parameter.grad.nbytes
-        parameter.grad = None
         self.curve.append((left, self.total))
+        parameter.grad = None
 
     def reached(self, alive: int) -> None:
         """Also note it on the curve."""

@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
-from mmit.train.planner import FIXED, HOLES, Choice, StagePlan, Way
+from mmit.train.plan_advice import advice
+from mmit.train.planner import HOLES, Choice, StagePlan
 from mmit.train.zero_memory import ACTIVATIONS, BUFFERS, GRADIENTS, OPTIMIZER, WEIGHTS
 
-COLUMNS = (WEIGHTS, GRADIENTS, OPTIMIZER, BUFFERS, ACTIVATIONS)
+COLUMNS = {WEIGHTS: "weights", GRADIENTS: "grads", OPTIMIZER: "optim", BUFFERS: "buffers", ACTIVATIONS: "activ"}
 
 ASSUMED_SHARE = 0.4
 """Of the rate of matrix products that a step reaches, where nothing was measured."""
 
 GIB = 2**30
 
-
-WIDE = 114
+WIDE = 100
 """Characters of a line that shows all columns."""
 
 
@@ -27,46 +28,61 @@ def plan_table(plan: StagePlan, *, width: int) -> Table:
 
     width: characters of a line; below WIDE only what the parts come to is shown, and said so.
     """
-    row = plan.workload.row
-    title = (
-        f"stage {plan.name}: peak GiB of each of {plan.machine.ranks} ranks; rows of {row.tokens} tokens ({row.tiles} "
-        f"tiles, {row.trained} trained), {plan.stage.batch.rows_per_micro_batch} at a time"
+    whole, has_memory = width >= WIDE, plan.machine.memory > 0
+    table = Table(
+        title=f"stage {plan.name}: peak GiB of each of {plan.machine.ranks} rank{'s'[: plan.machine.ranks > 1]}",
+        caption=None if whole else f"lines of {WIDE} characters show what the peak is made of",
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        padding=(0, 1, 0, 0),
     )
-    whole = width >= WIDE
-    table = Table(title=title, caption=None if whole else f"{WIDE} characters in a line show what the peak is made of")
-    table.add_column("way", no_wrap=True)
     shown = (*COLUMNS, "rest") if whole else ()
-    for column in (*shown, "peak", "host", *(["tokens that fit"] if plan.machine.memory else [])):
-        table.add_column(column, justify="right")
+    has_host = any(choice.memory.host for choice in plan.choices)
+    for column in ("ZeRO", "recompute", "offload"):
+        table.add_column(column, no_wrap=True)
+    headers = [COLUMNS.get(column, column) for column in shown]
+    for column in (*headers, "peak", *["host"] * has_host, *["tokens"] * has_memory):
+        table.add_column(column, justify="right", no_wrap=True)
+    best = advice(plan).choice if has_memory else None
     for choice in plan.choices:
-        parts = choice.memory.parts
-        sizes = {**parts, "rest": choice.rest}
-        cells = [_gib(sizes.get(column, 0)) for column in shown]
-        cells += [_gib(choice.bytes), _gib(choice.memory.host)]
-        if plan.machine.memory:
-            cells.append(f"{choice.tokens:,}" if choice.tokens else "none")
-        is_best = plan.machine.memory and choice is plan.best
-        table.add_row(str(choice.way), *cells, style="bold" if is_best else None)
+        way, sizes = choice.way, {**choice.memory.parts, "rest": choice.rest}
+        every = {0: "", 1: "all"}.get(way.recompute, f"1 of {way.recompute}")
+        star = "*" if choice is best else ""
+        cells = [f"{way.zero_stage}{star}", every, "" if way.offload == "none" else way.offload]
+        cells += [_gib(sizes.get(column, 0)) for column in shown]
+        cells += [_gib(choice.bytes), *[_gib(choice.memory.host)] * has_host]
+        cells += [f"{choice.tokens:,}"] * has_memory
+        table.add_row(*cells, style="bold" if choice is best else None)
     return table
 
 
 def plan_lines(plan: StagePlan) -> Iterator[str]:
     """What stands below the table."""
+    row, batch = plan.workload.row, plan.stage.batch
+    yield (
+        f"row: {row.tokens:,} tokens ({row.tiles:,} tiles of {plan.tile_tokens}, {row.trained:,} trained), "
+        f"{batch.rows_per_micro_batch} at a time on a rank, {batch.rows_per_step} in a step; {plan.precision}"
+    )
     trained, frozen = (
-        ", ".join(f"{name} {_gib(size)}" for name, size in sizes.items() if size) or "none"
+        ", ".join(f"{name} {_exact(size)}" for name, size in sizes.items() if size) or "none"
         for sizes in (plan.weights.trained, plan.weights.frozen)
     )
     yield f"weights, GiB: trained {trained}; frozen {frozen}"
-    for told, peak in zip(("activations", "recomputing"), plan.activations, strict=True):
-        parts = ", ".join(f"{name} {_gib(size)}" for name, size in peak.by_part.items())
-        yield f"{told}, GiB: {parts}"
+    for every, peak in plan.activations.items():
+        parts = ", ".join(f"{name} {_exact(size)}" for name, size in peak.by_part.items())
+        told = {0: "", 1: ", recomputing"}.get(every, f", recomputing 1 of {every} layers")
+        yield f"activations, GiB{told}: {parts}"
     yield (
-        f"rest: {_gib(FIXED)} GiB for context and libraries, and {HOLES:.0%} of the other parts that the allocator "
-        "loses between tensors; both assumed"
+        f"rest, assumed: {_gib(plan.machine.fixed)} GiB for context and libraries, and {HOLES:.0%} of the other parts "
+        "for what is lost between tensors"
     )
     yield from _time(plan)
     if plan.machine.memory:
-        yield from _advice(plan)
+        yield (
+            f"tokens: as many at a time as fit {_gib(plan.machine.memory)} GiB; the run file has {plan.tokens:,}. "
+            f"*: the first way that fits. zero.stage: auto takes ZeRO-{plan.auto.way.zero_stage}, with recomputation "
+            "and offloading as in the run file"
+        )
 
 
 def reached(plan: StagePlan) -> float:
@@ -94,36 +110,9 @@ def _time(plan: StagePlan) -> Iterator[str]:
         yield "time of an epoch: give --rate, the TFLOP/s of a device's matrix products (about 790 for an H200 in bf16)"
 
 
-def _advice(plan: StagePlan) -> Iterator[str]:
-    best = plan.best
-    if best is None:
-        yield (
-            f"nothing fits {_gib(plan.machine.memory)} GiB: take more ranks, adapters (lora) with lora.quantize: nf4, "
-            "or freeze more"
-        )
-        return
-    told = best.way.overrides(plan.name)
-    length, rows = plan.workload.row.tokens, plan.stage.batch.rows_per_micro_batch
-    if best.tokens < plan.tokens:
-        if best.tokens < length:
-            room = _gib(plan.machine.memory)
-            yield f"no way fits a row of {length} tokens into {room} GiB; the longest has {best.tokens} tokens"
-            told.append(f"stages.{plan.name}.batch.length={_round(best.tokens)}")
-            rows = 1
-        else:
-            rows = best.tokens // length
-        told.append(f"stages.{plan.name}.batch.rows_per_micro_batch={rows}")
-    yield f"{best.way} fits with up to {best.tokens // length} rows of {length} tokens at a time: {' '.join(told)}"
-
-
-def _round(tokens: int) -> int:
-    """A length that steps of whole rows divide."""
-    return 2 ** (max(1, tokens).bit_length() - 1)
-
-
 def as_json(plan: StagePlan) -> dict[str, Any]:
     """The plan in bytes, tokens and seconds."""
-    work, best = plan.workload, plan.best if plan.machine.memory else None
+    work, told = plan.workload, advice(plan) if plan.machine.memory else None
     seconds = work.flops / reached(plan) if plan.machine.rate else None
     return {
         "stage": plan.name,
@@ -132,7 +121,8 @@ def as_json(plan: StagePlan) -> dict[str, Any]:
         "row": vars(work.row),
         "rows_per_micro_batch": plan.stage.batch.rows_per_micro_batch,
         "weights": {"trained": dict(plan.weights.trained), "frozen": dict(plan.weights.frozen)},
-        "activations": [dict(peak.by_part) for peak in plan.activations],
+        "precision": plan.precision,
+        "activations": {every: dict(peak.by_part) for every, peak in plan.activations.items()},
         "ways": [_way(choice) for choice in plan.choices],
         "epoch": {
             "samples": work.samples,
@@ -143,14 +133,19 @@ def as_json(plan: StagePlan) -> dict[str, Any]:
             "seconds": seconds,
             "numbers_from": work.source,
         },
-        "recommended": best and {"way": str(best.way), "overrides": best.way.overrides(plan.name)},
+        "auto": plan.auto.way.zero_stage if plan.machine.memory else None,
+        "recommended": told
+        and {
+            "way": None if told.choice is None else str(told.choice.way),
+            "sentence": told.sentence,
+            "overrides": list(told.overrides),
+        },
     }
 
 
 def _way(choice: Choice) -> dict[str, Any]:
-    way: Way = choice.way
     return {
-        **vars(way),
+        **vars(choice.way),
         "parts": dict(choice.memory.parts) | {"rest": choice.rest},
         "peak": choice.bytes,
         "host": choice.memory.host,
@@ -159,7 +154,11 @@ def _way(choice: Choice) -> dict[str, Any]:
 
 
 def _gib(size: float) -> str:
-    return f"{size / GIB:.1f}" if size >= GIB / 10 or not size else f"{size / GIB:.3f}"
+    return f"{size / GIB:.1f}"
+
+
+def _exact(size: float) -> str:
+    return f"{size / GIB:.1f}" if size >= GIB / 10 or not size else f"{size / GIB:.2g}"
 
 
 def _hours(hours: float) -> str:

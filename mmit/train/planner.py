@@ -1,42 +1,48 @@
 """What a stage needs before it is started: peak memory of a rank for each way to train it, what fits, and the time.
 
 Nothing is read but configurations and headers: the model stands on the meta device (see ``mmit.models.activations``)
-and what DeepSpeed adds is counted (``zero_memory``). ``mmit plan`` prints it.
+and what DeepSpeed adds is counted (``zero_memory``). ``mmit plan`` prints it, and ``zero.stage: auto`` goes by it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
 from mmit.config import RunConfig, Stage
+from mmit.errors import ConfigError
 from mmit.models import LoadedModel, begin_adapter, build_model
 from mmit.models.absent import AbsentTower
 from mmit.models.activations import ActivationPeak, RowLoad, activation_peak, likely_last_layer, worst_batch
 from mmit.models.four_bits import packed_sizes
 from mmit.models.placement import SHAPES, placed
-from mmit.train.deepspeed_settings import deepspeed_config
+from mmit.train.deepspeed_settings import accumulation, deepspeed_config
 from mmit.train.run_check import check_run, refuse_mistakes
+from mmit.train.ways import Way, is_worth_it, own_ways, ways
 from mmit.train.work import peak
 from mmit.train.workload import Workload, workload_of
-from mmit.train.zero_memory import RankMemory, Weights, rank_memory, weights_of
+from mmit.train.zero_memory import PERSISTENT, RankMemory, Weights, rank_memory, weights_of
 
 FIXED = 2 * 2**30
 """Bytes on a GPU that no tensor holds: the context, the libraries' kernels and workspaces, NCCL's buffers."""
 
-HOLES = 0.05
-"""Share of what is allocated that the allocator cannot use, between tensors of many sizes."""
+HOLES = 0.1
+"""Share of what is allocated that is lost between tensors of many sizes, and by which a prediction may fall short."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What trains. memory: bytes of a device; rate: operations per second of its matrix products; 0 where unknown."""
+    """What trains. memory: bytes of a device; rate: operations per second of its matrix products; 0 where unknown.
+
+    fixed: bytes of a device that no tensor holds.
+    """
 
     ranks: int
     memory: int
     rate: float
+    fixed: int = FIXED
 
     @classmethod
     def given(cls, *, ranks: int | None, gib: float | None, rate: float | None) -> Machine:
@@ -50,52 +56,6 @@ class Machine:
             memory=found if gib is None else round(gib * 2**30),
             rate=(peak(torch.bfloat16) if here else 0.0) if rate is None else rate * 1e12,
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Way:
-    """A way to train a stage. offload: what lies in the host's memory."""
-
-    zero_stage: int
-    offload: str = "none"
-    recompute: bool = False
-
-    def __str__(self) -> str:
-        told = [f"ZeRO-{self.zero_stage}"]
-        told += [] if self.offload == "none" else [f"offload {self.offload}"]
-        return " + ".join([*told, "recompute"] if self.recompute else told)
-
-    def apply(self, stage: Stage) -> Stage:
-        """The stage, trained this way."""
-        zero = stage.zero.model_copy(
-            update={
-                "stage": self.zero_stage,
-                "offload_optimizer": "none" if self.offload == "none" else "cpu",
-                "offload_parameters": "cpu" if self.offload == "all" else "none",
-                "nvme_path": None,
-            }
-        )
-        return stage.model_copy(update={"zero": zero, "activation_checkpointing": self.recompute})
-
-    def overrides(self, name: str) -> list[str]:
-        """What makes a run file's stage train this way, for the command line."""
-        told = [f"stages.{name}.zero.stage={self.zero_stage}"]
-        told.append(f"stages.{name}.zero.offload_optimizer={'none' if self.offload == 'none' else 'cpu'}")
-        told.append(f"stages.{name}.zero.offload_parameters={'cpu' if self.offload == 'all' else 'none'}")
-        told.append(f"stages.{name}.activation_checkpointing={str(self.recompute).lower()}")
-        return told
-
-
-PLAIN = tuple(Way(zero_stage=number) for number in range(4))
-WAYS = (
-    *PLAIN,
-    *(replace(way, recompute=True) for way in PLAIN),
-    Way(zero_stage=2, offload="optimizer"),
-    Way(zero_stage=2, offload="optimizer", recompute=True),
-    Way(zero_stage=3, offload="optimizer", recompute=True),
-    Way(zero_stage=3, offload="all", recompute=True),
-)
-"""The cheapest in time first: partitioned weights cost less than recomputing, and that less than offloading."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,16 +77,18 @@ class Choice:
 class StagePlan:
     """All that ``mmit plan`` tells of a stage.
 
-    activations: of the run file's micro-batch, without and with recomputation.
+    activations: of the run file's micro-batch, by the recomputation of a way. tile_tokens: of one tile of a picture.
     """
 
     name: str
     stage: Stage
     machine: Machine
     weights: Weights
-    activations: tuple[ActivationPeak, ActivationPeak]
+    activations: Mapping[int, ActivationPeak]
     choices: tuple[Choice, ...]
     workload: Workload
+    precision: str
+    tile_tokens: int
 
     @property
     def tokens(self) -> int:
@@ -136,9 +98,20 @@ class StagePlan:
     @property
     def best(self) -> Choice | None:
         """The first way that fits with the run file's micro-batch; else the one that fits the most tokens."""
-        fitting = [choice for choice in self.choices if choice.tokens]
-        whole = next((choice for choice in fitting if choice.tokens >= self.tokens), None)
-        return whole or max(fitting, key=lambda choice: choice.tokens, default=None)
+        worth_it = [choice for choice in self.choices if is_worth_it(choice.way, ranks=self.machine.ranks)]
+        whole = next((choice for choice in worth_it if choice.bytes <= self.machine.memory), None)
+        return whole or max((c for c in worth_it if c.tokens), key=lambda choice: choice.tokens, default=None)
+
+    @property
+    def auto(self) -> Choice:
+        """What ``zero.stage: auto`` means: the first of the stage's own ways that fits, else the one that needs least.
+
+        So what ``best`` is where it keeps the stage's recomputation and offloading.
+        """
+        own = own_ways(self.stage, ranks=self.machine.ranks)
+        among = [choice for choice in self.choices if choice.way in own]
+        fits = next((choice for choice in among if choice.bytes <= self.machine.memory), None)
+        return fits or min(among, key=lambda choice: choice.bytes)
 
 
 def plan_run(config: RunConfig, stages: list[str], machine: Machine) -> Iterator[StagePlan]:
@@ -150,33 +123,57 @@ def plan_run(config: RunConfig, stages: list[str], machine: Machine) -> Iterator
 
 
 def plan_of(config: RunConfig, name: str, machine: Machine) -> StagePlan:
-    """The plan of one stage of a run file that has no mistakes."""
-    stage = config.stages[name]
+    """The plan of one stage of a run file that has no mistakes. Raises ConfigError where ranks do not fit its rows."""
     dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(config.precision, torch.bfloat16)
+    return _plan(config, name, machine, ways(config.stages[name]), dtype=dtype, lengths=True)
+
+
+def plan_at_start(config: RunConfig, name: str, machine: Machine, *, dtype: torch.dtype) -> StagePlan:
+    """The same plan of the stage's own ways alone, without the tokens that would fit."""
+    own = own_ways(config.stages[name], ranks=machine.ranks)
+    return _plan(config, name, machine, own, dtype=dtype, lengths=False)
+
+
+def _plan(
+    config: RunConfig, name: str, machine: Machine, tried: tuple[Way, ...], *, dtype: torch.dtype, lengths: bool
+) -> StagePlan:
+    stage = config.stages[name]
+    if machine.ranks % stage.parallel.sequence:
+        raise ConfigError(
+            f"stages.{name}.parallel.sequence: {stage.parallel.sequence} does not divide {machine.ranks} ranks; "
+            "plan for a multiple of it"
+        )
     with placed(SHAPES):
         loaded = _model(config, name, dtype)
         sizes = packed_sizes(loaded.model.language_model) if _is_packed(stage) else {}
         packed = {f"language_model.{weight}": size for weight, size in sizes.items()}
         loaded.model.last_layer = likely_last_layer(loaded.model.language_model)
         groups = loaded.model.train_only(stage.train)
-        weights = weights_of(loaded.model, groups, packed=packed)
+        asked = stage.zero.extra.get("zero_optimization", {})
+        persistent = int(asked.get("stage3_param_persistence_threshold", PERSISTENT))
+        weights = weights_of(loaded.model, groups, packed=packed, persistent=persistent)
         work = workload_of(config, name, loaded)
         unpacked = max((loaded.model.get_parameter(weight).nbytes for weight in packed), default=0)
-        spans = [
-            _Span.measured(loaded, work.row, rows=stage.batch.rows_per_micro_batch, again=again, unpacked=unpacked)
-            for again in (False, True)
-        ]
+        spans: dict[int, _Span] = {}
+        line = lengths and machine.memory > 0
+        own = int(stage.activation_checkpointing)
+        for again in sorted({way.recompute for way in tried}, key=lambda every: 1 / every if every else 0):
+            if again != own and again and not loaded.model.language_model.supports_gradient_checkpointing:
+                continue
+            spans[again] = _Span.measured(loaded, work.row, stage, again=again, unpacked=unpacked, line=line)
     plan = StagePlan(
         name=name,
         stage=stage,
         machine=machine,
         weights=weights,
-        activations=(spans[0].whole, spans[1].whole),
+        activations={again: span.whole for again, span in spans.items()},
         choices=(),
         workload=work,
+        precision=str(dtype).removeprefix("torch."),
+        tile_tokens=loaded.model.spec.tokens_per_tile,
     )
-    ways = [way for way in WAYS if not (_is_packed(stage) and way.zero_stage == 3)]
-    return replace(plan, choices=tuple(_choice(plan, way, spans[way.recompute], dtype) for way in ways))
+    possible = [way for way in tried if way.recompute in spans]
+    return replace(plan, choices=tuple(_choice(plan, way, spans[way.recompute], dtype) for way in possible))
 
 
 def _is_packed(stage: Stage) -> bool:
@@ -195,60 +192,64 @@ def _model(config: RunConfig, name: str, dtype: torch.dtype) -> LoadedModel:
 
 @dataclass(frozen=True, kw_only=True)
 class _Span:
-    """Activations of a whole micro-batch and of one with half as long rows: a straight line between and beyond."""
+    """Activations of a micro-batch and of one with rows twice as long: a straight line between and beyond.
 
-    tokens: tuple[int, int]
-    half: ActivationPeak
+    tokens: of the first, on all ranks that share its rows. twice: None where no line was asked for.
+    """
+
+    tokens: int
     whole: ActivationPeak
+    twice: ActivationPeak | None
 
     @classmethod
-    def measured(cls, loaded: LoadedModel, row: RowLoad, *, rows: int, again: bool, unpacked: int) -> _Span:
+    def measured(
+        cls, loaded: LoadedModel, row: RowLoad, stage: Stage, *, again: int, unpacked: int, line: bool
+    ) -> _Span:
         """On shapes. unpacked: bytes of the largest weight that is made from four bits while it is used."""
         if again:
-            loaded.model.enable_activation_checkpointing()
-        shorter = RowLoad(
-            tokens=-(-row.tokens // 2), trained=row.trained // 2, tiles=row.tiles // 2, samples=-(-row.samples // 2)
-        )
-        half, whole = (activation_peak(loaded.model, worst_batch(loaded, each, rows=rows)) for each in (shorter, row))
-        add = {"unpacked weight": unpacked} if unpacked else {}
-        half, whole = (
-            ActivationPeak(
-                by_part={**peak.by_part, **add}, curve=tuple((left, alive + unpacked) for left, alive in peak.curve)
-            )
-            for peak in (half, whole)
-        )
-        return cls(tokens=(shorter.tokens * rows, row.tokens * rows), half=half, whole=whole)
+            loaded.model.enable_activation_checkpointing(every=again)
+        rows, sharing = stage.batch.rows_per_micro_batch, stage.parallel.sequence
+
+        def peak_of(times: int) -> ActivationPeak:
+            load = RowLoad(**{key: -(-times * value // sharing) for key, value in vars(row).items()})
+            found = activation_peak(loaded.model, worst_batch(loaded, load, rows=rows))
+            by_part = {**found.by_part, "unpacked weight": unpacked} if unpacked else found.by_part
+            return ActivationPeak(by_part=by_part, curve=tuple((left, most + unpacked) for left, most in found.curve))
+
+        return cls(tokens=row.tokens * rows, whole=peak_of(1), twice=peak_of(2) if line else None)
 
     def at(self, tokens: int) -> ActivationPeak:
         """Of a micro-batch of so many tokens."""
-        share = (tokens - self.tokens[0]) / (self.tokens[1] - self.tokens[0])
+        assert self.twice is not None, "the line was measured"
+        more = tokens / self.tokens - 1
         curve = tuple(
-            (left, max(0, round(half + share * (whole - half))))
-            for (left, half), (_, whole) in zip(self.half.curve, self.whole.curve, strict=True)
+            (left, max(0, round(whole + more * (twice - whole))))
+            for (left, whole), (_, twice) in zip(self.whole.curve, self.twice.curve, strict=True)
         )
         return ActivationPeak(by_part={}, curve=curve)
 
 
 def _choice(plan: StagePlan, way: Way, span: _Span, dtype: torch.dtype) -> Choice:
-    stage = way.apply(plan.stage)
+    stage, machine = way.apply(plan.stage), plan.machine
     rows = stage.batch.rows_per_micro_batch
-    micro = -(-stage.batch.rows_per_step // (plan.machine.ranks * rows))
+    readers = machine.ranks // stage.parallel.sequence
+    micro = accumulation(rows_per_step=stage.batch.rows_per_step, rows_per_micro_batch=rows, readers=readers)
     settings = deepspeed_config(
         stage.zero, dtype=dtype, rows_per_micro_batch=rows, micro_batches=micro, clip_norm=stage.optim.clip_norm
     )["zero_optimization"]
 
     def needed(activations: ActivationPeak) -> RankMemory:
-        return rank_memory(plan.weights, settings, activations, ranks=plan.machine.ranks, micro_batches=micro)
+        return rank_memory(plan.weights, settings, activations, ranks=machine.ranks, micro_batches=micro)
 
     def rest(memory: RankMemory) -> int:
-        return FIXED + round(HOLES * memory.bytes)
+        return machine.fixed + round(HOLES * memory.bytes)
 
     memory = needed(span.whole)
     low, high = 0, 2**27
-    while plan.machine.memory and low < high:
+    while machine.memory and low < high and span.twice is not None:
         tokens = (low + high + 1) // 2
         tried = needed(span.at(tokens))
-        if tried.bytes + rest(tried) <= plan.machine.memory:
+        if tried.bytes + rest(tried) <= machine.memory:
             low = tokens
         else:
             high = tokens - 1

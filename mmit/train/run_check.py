@@ -104,12 +104,12 @@ def _model(config: RunConfig, report: RunReport) -> LoadedModel | None:
 def _check_engine(stage: Stage, name: str, report: RunReport) -> None:
     def make() -> None:
         from mmit.train.deepspeed_settings import deepspeed_config
-        from mmit.train.zero_choice import least_stage
+        from mmit.train.ways import own_ways
 
         try:
             zero = stage.zero
             if zero.stage == "auto":
-                zero = zero.model_copy(update={"stage": least_stage(zero)})
+                zero = zero.model_copy(update={"stage": own_ways(stage, ranks=2)[0].zero_stage})
             deepspeed_config(zero, dtype=DTYPE, rows_per_micro_batch=1, micro_batches=1, clip_norm=1.0)
         except ConfigError as error:
             raise ConfigError(f"stages.{name}.{error}") from None

@@ -5,7 +5,7 @@ With N trained elements of e bytes (4 in fp32, 2 in bf16) on W ranks, DeepSpeed 
     stage 0   weights, gradients and both moments of AdamW whole; a flat copy of the gradients while they are averaged
     stage 1   master weights and moments of N / W elements in fp32; gradients whole until the step
     stage 2   the same, and gradients leave through buckets of ``reduce_bucket_size`` elements to N / W
-    stage 3   weights of N / W too, gathered while a layer runs (arXiv 1910.02054)
+    stage 3   weights of N / W too, gathered while a layer runs (arXiv 1910.02054); master weights in fp32 as well
 
 A step has moments that can be the worst: the backward pass, where activations meet what is there already; the averaging
 of gradients behind it; and the update. The peak is the worst of them. benchmarks/plan_memory.py holds it to measured
@@ -77,8 +77,14 @@ class RankMemory:
         return sum(self.parts.values())
 
 
-def weights_of(model: nn.Module, groups: Sequence[TrainGroup], *, packed: Mapping[str, int]) -> Weights:
-    """The weights of a model, on any device. packed: bytes of parameters that will be in fewer bits, by name."""
+def weights_of(
+    model: nn.Module, groups: Sequence[TrainGroup], *, packed: Mapping[str, int], persistent: int = PERSISTENT
+) -> Weights:
+    """The weights of a model, on any device.
+
+    packed: bytes of parameters that will be in fewer bits, by name. persistent: elements of the smallest parameter
+    that stage 3 partitions.
+    """
     parameters = dict(model.named_parameters())
     trained, frozen = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)
     names = {name for group in groups for name in group.names}
@@ -96,7 +102,7 @@ def weights_of(model: nn.Module, groups: Sequence[TrainGroup], *, packed: Mappin
         groups=tuple(sum(parameters[name].numel() for name in group.names) for group in groups),
         element=max((parameters[name].element_size() for name in names), default=4),
         largest=max(sizes, default=0),
-        small=sum(p.nbytes for p in parameters.values() if p.numel() < PERSISTENT),
+        small=sum(p.nbytes for p in parameters.values() if p.numel() < persistent),
         widest=max(sum(p.nbytes for p in module.parameters(recurse=False)) for module in model.modules()),
     )
 
@@ -109,14 +115,9 @@ def rank_memory(
         zero["stage"], _nothing_partitioned
     )
     found = moments(weights, zero, activations, ranks, micro_batches)
-    worst = max(found, key=lambda parts: sum(parts.values()))
-    host = 0
-    if zero.get("offload_optimizer"):
-        worst, host = _offloaded(weights, zero, activations, ranks)
-    if zero.get("offload_param"):
-        host += weights.bytes // ranks
-        worst = {**worst, WEIGHTS: min(worst[WEIGHTS], _gathered(weights, zero) + weights.small)}
-    return RankMemory(parts=worst, host=host)
+    return RankMemory(
+        parts=max(found, key=lambda parts: sum(parts.values())), host=_on_host(weights, zero, ranks, micro_batches)
+    )
 
 
 def _nothing_partitioned(
@@ -136,26 +137,36 @@ def _partitioned_gradients(
     weights: Weights, zero: Mapping[str, Any], activations: ActivationPeak, ranks: int, micro_batches: int
 ) -> list[dict[str, int]]:
     size, elements = weights.element, weights.elements
-    bucket = int(zero.get("reduce_bucket_size", BUCKET))
-    buckets = bucket * size * (2 if zero.get("overlap_comm") else 1)
-    whole, own = elements * size, elements * size // ranks
-    always = {WEIGHTS: weights.bytes, OPTIMIZER: elements * (MASTER + 2 * MOMENT) // ranks}
-    before = own if micro_batches > 1 else 0
-    backward = {**always, GRADIENTS: before, BUFFERS: buckets, ACTIVATIONS: activations.released}
-    # gradients that no longer fit the bucket leave it while the backward pass goes on
-    flushed = {**backward, GRADIENTS: before + own, ACTIVATIONS: activations.after(bucket * size)}
-    averaged = before + own
-    if zero["stage"] == 1 and not zero.get("overlap_comm"):
-        backward[GRADIENTS] = whole if micro_batches > 1 else activations.kept - activations.released
-        flushed = backward
-        averaged = max(whole, max(0, whole - bucket * size) + own)
-    copies = max(weights.groups, default=0) // ranks * (size if size == MASTER else size + MASTER)
-    return [
-        backward,
-        flushed,
-        {**always, GRADIENTS: averaged, BUFFERS: buckets},
-        {**always, GRADIENTS: own, BUFFERS: copies},
+    overlaps, offloaded = bool(zero.get("overlap_comm")), bool(zero.get("offload_optimizer"))
+    bucket = int(zero.get("reduce_bucket_size", BUCKET)) * size
+    # made when the first gradient is there, gone when all are averaged: under stage 1 in the last micro-batch only
+    buckets = bucket * (2 if overlaps else 1)
+    staging = weights.largest * size if offloaded else 0
+    whole, own = elements * size, 0 if offloaded else elements * size // ranks
+    states = 0 if offloaded else elements * (MASTER + 2 * MOMENT) // ranks
+    always = {WEIGHTS: weights.bytes, OPTIMIZER: states, BUFFERS: staging}
+    within = {**always, BUFFERS: staging + buckets}
+    # stage 2: gradients that no longer fit the bucket leave it while the backward pass goes on
+    earlier = own if micro_batches > 1 else 0
+    before, during, flushed = earlier, earlier, earlier + own
+    averaged = earlier + own
+    is_kept = zero["stage"] == 1 and micro_batches > 1
+    if is_kept:  # and here only in the last micro-batch
+        before = during = whole
+        flushed = max(0, whole - bucket) + own
+    if zero["stage"] == 1 and not overlaps:  # and even then behind it
+        during = flushed = whole if micro_batches > 1 else activations.kept - activations.released
+        averaged = max(whole, max(0, whole - bucket) + own)
+    moments = [
+        {**(within if is_kept else always), GRADIENTS: before, ACTIVATIONS: activations.before},
+        {**within, GRADIENTS: during, ACTIVATIONS: activations.after(1)},
+        {**within, GRADIENTS: flushed, ACTIVATIONS: activations.after(bucket)},
+        {**within, GRADIENTS: averaged},
     ]
+    if not offloaded:
+        copies = max(weights.groups, default=0) // ranks * (size if size == MASTER else size + MASTER)
+        moments.append({**always, GRADIENTS: own, BUFFERS: copies})
+    return moments
 
 
 def _partitioned_weights(
@@ -164,21 +175,25 @@ def _partitioned_weights(
     del micro_batches  # gradients are added into a buffer that is always there
     size, elements = weights.element, weights.elements
     bucket = int(zero.get("reduce_bucket_size", BUCKET))
-    master = 0 if size == MASTER else MASTER
+    offloaded = bool(zero.get("offload_optimizer"))
+    gathered = _gathered(weights, zero)
     always = {
         WEIGHTS: weights.bytes // ranks + weights.small,
-        OPTIMIZER: elements * (master + 2 * MOMENT) // ranks,
-        GRADIENTS: elements * size // ranks,
+        OPTIMIZER: 0 if offloaded else elements * (MASTER + 2 * MOMENT) // ranks,
+        GRADIENTS: 0 if offloaded else elements * size // ranks,
     }
-    gathered = _gathered(weights, zero)
+    if zero.get("offload_param"):
+        always[WEIGHTS] = weights.small + gathered // ranks  # pieces on their way to be gathered
     laid_out = min(elements, max(bucket, weights.largest)) * size  # in the order of the ranks, to be sent
-    group = min(max(weights.groups, default=0), int(zero.get("sub_group_size", SUB_GROUP)) * ranks) // ranks
-    return [
+    moments = [
         {**always, BUFFERS: bucket * size + gathered, ACTIVATIONS: activations.released},
         {**always, BUFFERS: bucket * size + gathered + laid_out, ACTIVATIONS: activations.after(bucket * size)},
         {**always, BUFFERS: bucket * size + gathered + laid_out},
-        {**always, BUFFERS: bucket * size + group * (size if size == MASTER else size + MASTER)},
     ]
+    if not offloaded:
+        group = min(max(weights.groups, default=0), int(zero.get("sub_group_size", SUB_GROUP)) * ranks) // ranks
+        moments.append({**always, BUFFERS: bucket * size + group * (size if size == MASTER else size + MASTER)})
+    return moments
 
 
 def _gathered(weights: Weights, zero: Mapping[str, Any]) -> int:
@@ -188,17 +203,17 @@ def _gathered(weights: Weights, zero: Mapping[str, Any]) -> int:
     return min(weights.bytes, (reuse // 2 + ahead) * weights.element + weights.widest)
 
 
-def _offloaded(
-    weights: Weights, zero: Mapping[str, Any], activations: ActivationPeak, ranks: int
-) -> tuple[dict[str, int], int]:
-    """The worst moment where the optimizer and its gradients live in the host's memory, and what lies there."""
+def _on_host(weights: Weights, zero: Mapping[str, Any], ranks: int, micro_batches: int) -> int:
+    """What is offloaded: master weights, moments, gradients in fp32, and a piece of them or of the weights as they are.
+
+    Under stage 2 the gradients of earlier micro-batches lie there besides.
+    """
     size, elements = weights.element, weights.elements
-    bucket = int(zero.get("reduce_bucket_size", BUCKET)) * size
-    host = elements * (MASTER + 2 * MOMENT + MASTER + size) // ranks
-    if zero["stage"] == 3:
-        during = _gathered(weights, zero) + min(elements * size, bucket)
-        held, buffers = weights.bytes // ranks + weights.small, bucket + during
-    else:
-        held, buffers = weights.bytes, bucket * (2 if zero.get("overlap_comm") else 1) + weights.largest * size
-    parts = {WEIGHTS: held, OPTIMIZER: 0, GRADIENTS: 0, BUFFERS: buffers, ACTIVATIONS: activations.released}
-    return parts, host
+    host = 0
+    if zero.get("offload_optimizer"):
+        host = elements * (MASTER + 2 * MOMENT + MASTER + size) // ranks
+        if zero["stage"] != 3:
+            host += weights.largest * size + (elements * size // ranks if micro_batches > 1 else 0)
+    if zero.get("offload_param"):
+        host += weights.bytes // ranks
+    return host

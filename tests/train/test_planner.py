@@ -20,7 +20,9 @@ from mmit.models import LoadedModel, begin_adapter, build_model
 from mmit.models.activations import ActivationPeak, RowLoad, activation_peak, likely_last_layer, worst_batch
 from mmit.models.live_tensors import LiveTensors
 from mmit.models.placement import SHAPES, placed
-from mmit.train.planner import FIXED, HOLES, Machine, Way, plan_of
+from mmit.train.plan_advice import advice
+from mmit.train.planner import FIXED, HOLES, Machine, plan_of
+from mmit.train.ways import Way
 from mmit.train.zero_memory import GRADIENTS, OPTIMIZER, WEIGHTS, RankMemory, Weights, rank_memory
 
 ROW = RowLoad(tokens=96, trained=24, tiles=3, samples=3)
@@ -103,15 +105,17 @@ def test_each_stage_partitions_what_its_paper_says() -> None:
 
 
 def test_what_fits_is_the_largest_that_does(section: dict[str, Any], tmp_path: Path) -> None:
-    config = config_of(section, tmp_path)
-    memory = FIXED + 6 * 2**30
+    small = {"extra": {"zero_optimization": {"reduce_bucket_size": 1000}}}  # else 2 GB, which outweigh any row
+    config = config_of(section, tmp_path, zero=small)
+    memory = FIXED + 2**26
     plan = plan_of(config, "s", Machine(ranks=2, memory=memory, rate=0.0))
     assert plan.best is plan.choices[0]  # everything fits: nothing is partitioned
     by_way = {choice.way: choice for choice in plan.choices}
     plain, again = (by_way[Way(zero_stage=2, recompute=recompute)] for recompute in (False, True))
     assert again.tokens > plain.tokens > 96
     # as many rows as fit, simulated and not drawn from a line
-    longer = config_of(section, tmp_path, batch={"length": 96, "tokens_per_step": 96 * 64, "rows_per_micro_batch": 32})
+    rows = {"length": 96, "tokens_per_step": 96 * 64, "rows_per_micro_batch": 32}
+    longer = config_of(section, tmp_path, batch=rows, zero=small)
     whole = plan_of(longer, "s", Machine(ranks=2, memory=0, rate=0.0))
     bigger = next(choice for choice in whole.choices if choice.way == plain.way)
     growth = (bigger.memory.bytes - plain.memory.bytes) / (31 * 96)
@@ -142,15 +146,44 @@ def test_the_command_tells_ways_and_overrides(section: dict[str, Any], tmp_path:
     words = ["plan", str(config.file), "--gpus", "2", "--memory", "4", "--rate", "100"]
     told = CliRunner().invoke(app, words)
     assert told.exit_code == 0, told.output
-    assert "ZeRO-3 + offload all + recompute" in told.output
-    assert "stages.s.zero.stage=0 stages.s.zero.offload_optimizer=none" in told.output
+    assert f"  mmit train {config.file} stages.s.zero.stage=0\n" in told.output
     assert "no data yet" in told.output
-    assert max(map(len, told.output.splitlines())) > 80, "a pipe gets every column"
+    assert max(len(line) for line in told.output.splitlines() if str(config.file) not in line) <= 100
+    assert "optimizer" in told.output
+    assert "…" not in told.output, "a pipe gets every column whole"
     with pytest.raises(ConfigError, match="--memory inf: is no size of a device"):
         CliRunner().invoke(app, ["plan", str(config.file), "--memory", "inf"], catch_exceptions=False)
     found = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
     assert [way["zero_stage"] for way in found[0]["ways"]][:4] == [0, 1, 2, 3]
     # what is told can be said to the command again
     for choice in plan_of(config, "s", Machine(ranks=2, memory=0, rate=0.0)).choices:
-        again = load_config(tmp_path / "run.yaml", choice.way.overrides("s")).stages["s"]
+        again = load_config(tmp_path / "run.yaml", choice.way.overrides("s", config.stages["s"])).stages["s"]
         assert again == choice.way.apply(config.stages["s"])
+
+
+def test_overrides_that_shorten_rows_are_valid_together(section: dict[str, Any], tmp_path: Path) -> None:
+    batch = {"length": 96, "tokens_per_step": 96 * 30, "rows_per_micro_batch": 5}
+    small = {"extra": {"zero_optimization": {"reduce_bucket_size": 1000, "stage3_max_reuse_distance": 1000}}}
+    config = config_of(section, tmp_path, batch=batch, zero=small)
+    plan = plan_of(config, "s", Machine(ranks=2, memory=FIXED + 2**30, rate=0.0))
+    found = []
+    for tokens in (480, 479, 96, 95, 40, 8, 7, 0):  # 8: a tile and as many tokens of text
+        tight = replace(plan, machine=replace(plan.machine, memory=1))
+        choices = tuple(replace(choice, tokens=tokens) for choice in plan.choices)
+        told = advice(replace(tight, choices=choices))
+        if told.choice is None:
+            assert f"not even rows of {2 * plan.tile_tokens} tokens" in told.sentence
+            found.append((0, 0, 0))
+            continue
+        wanted = load_config(tmp_path / "run.yaml", list(told.overrides)).stages["s"].batch
+        found.append((wanted.length, wanted.tokens_per_step, wanted.rows_per_micro_batch))
+        assert wanted.length * wanted.rows_per_micro_batch <= tokens
+    assert found[:5] == [
+        (96, 2880, 5),
+        (96, 2880, 3),  # 4 rows would fit, and do not divide 30
+        (96, 2880, 1),
+        (64, 2880, 1),
+        (32, 2880, 1),
+    ]
+    assert plan.tile_tokens == 4
+    assert found[5:] == [(8, 2880, 1), (0, 0, 0), (0, 0, 0)]

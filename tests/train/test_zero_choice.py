@@ -1,29 +1,120 @@
-"""Which ZeRO stage ``auto`` means: numbers that can be checked by hand."""
+"""``zero.stage: auto`` is decided by the plan that ``mmit plan`` prints, and kept by a run that goes on."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import pytest
+import torch
+import yaml
+from model_factories import tiny_model_section
 
-from mmit.train.zero_choice import Load, choose
+from mmit.config import RunConfig, Stage, load_config
+from mmit.errors import ConfigError
+from mmit.train.planner import Machine, StagePlan, plan_of
+from mmit.train.ways import Way, own_ways, ways
+from mmit.train.zero_choice import FIXED_ON_CPU, decide
 
-GB = 10**9
+SMALL = {
+    "reduce_bucket_size": 1000,
+    "stage3_max_reuse_distance": 1000,
+    "stage3_prefetch_bucket_size": 1000,
+    "stage3_param_persistence_threshold": 1000,
+}
+"""DeepSpeed's own are many times the toy model."""
 
 
-@pytest.mark.parametrize(
-    ("weights", "trained", "ranks", "most", "number"),
-    [
-        (15, 0.021, 8, 3, 0),  # a connector of 21 M beside a frozen 7B: 0.3 GB of states, nothing to share out
-        (2, 0.2, 8, 3, 0),  # 2.8 GB are less than a twentieth of 80
-        (15, 7, 8, 3, 2),  # 98 GB of states are 12 on each of eight
-        (15, 7, 2, 3, 3),  # and 49 on each of two: with the weights more than half of 80
-        (27, 13, 8, 3, 3),  # 27 + 182 / 8 = 50
-        (140, 0.1, 8, 3, 3),  # frozen weights that no rank can hold
-        (140, 0.1, 8, 2, 2),  # four bits cannot be partitioned
-    ],
-)
-def test_the_lowest_stage_that_leaves_half_of_the_memory_is_taken(
-    weights: float, trained: float, ranks: int, most: int, number: int
+@pytest.fixture(scope="module")
+def section(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return tiny_model_section(tmp_path_factory.mktemp("chosen"))
+
+
+def config_of(section: dict[str, Any], folder: Path, **stage: Any) -> RunConfig:
+    filled = {
+        "train": {"connector": 1e-3, "language_model": 1e-3},
+        "data": {"mix": [{"shards": str(folder / "none")}]},
+        "batch": {"length": 64, "tokens_per_step": 64 * 16},
+        "zero": {"extra": {"zero_optimization": SMALL}},
+        **stage,
+    }
+    content = {"name": "r", "model": section, "precision": "fp32", "output": str(folder), "stages": {"s": filled}}
+    (folder / "run.yaml").write_text(yaml.safe_dump(content))
+    return load_config(folder / "run.yaml")
+
+
+def with_memory(plan: StagePlan, memory: int) -> StagePlan:
+    return replace(plan, machine=replace(plan.machine, memory=memory))
+
+
+def test_auto_takes_what_the_plan_recommends_first(section: dict[str, Any], tmp_path: Path) -> None:
+    config = config_of(section, tmp_path)
+    plan = plan_of(config, "s", Machine(ranks=4, memory=0, rate=0.0, fixed=FIXED_ON_CPU))
+    needs = {choice.way: choice.bytes for choice in plan.choices}
+    seen = set()
+    for memory in sorted({need + more for need in needs.values() for more in (-1, 0)}):
+        told = with_memory(plan, memory)
+        plain = [way for way in needs if way.offload == "none" and not way.recompute]
+        fitting = [way.zero_stage for way in plain if needs[way] <= memory]
+        least = min(plain, key=lambda way: needs[way]).zero_stage
+        assert told.auto.way.zero_stage == (min(fitting) if fitting else least)
+        if told.best is not None and told.best.way in plain:
+            assert told.best is told.auto
+        seen.add(told.auto.way.zero_stage)
+    assert {0, 3} <= seen
+    for number in seen:  # and the rank that starts a run, with the memory that this way just needs, comes to the same
+        memory = needs[Way(zero_stage=number)]
+        found, why = decide(config, "s", dtype=torch.float32, memory=memory, ranks=4)
+        assert found == number, why
+    assert decide(config, "s", dtype=torch.float32, memory=1, ranks=1)[0] == 0
+
+
+def test_a_run_that_goes_on_keeps_its_stage_unless_other_ranks_continue_it(
+    section: dict[str, Any], tmp_path: Path
 ) -> None:
-    # bf16: 14 bytes of gradient and optimizer state for a trained parameter, 80 GB on each rank
-    load = Load(weights=int(weights * GB), states=int(trained * 14 * GB), memory=80 * GB)
-    assert choose(load, ranks=ranks, most=most)[0] == number
+    config = config_of(section, tmp_path)
+    newest = config.stage_folder("s") / "checkpoints" / "step-000002"
+    newest.mkdir(parents=True)
+    (newest / "COMPLETE").touch()
+    (newest / "state.json").write_text(json.dumps({"version": 2, "world": 2, "zero_stage": 2}))
+
+    def decided(ranks: int) -> int:
+        return decide(config, "s", dtype=torch.float32, memory=2**40, ranks=ranks)[0]
+
+    assert (decided(2), decided(4), decided(1)) == (2, 0, 0)
+    (newest / "state.json").write_text("{")
+    assert decided(2) == 0
+
+
+def stage_of(**changes: Any) -> Stage:
+    filled = {
+        "train": {"connector": 1e-3},
+        "data": {"mix": [{"shards": "none"}]},
+        "batch": {"length": 64, "tokens_per_step": 64},
+        **changes,
+    }
+    return Stage.model_validate(filled)
+
+
+def test_only_what_the_stage_allows_is_tried_and_less_partitioned_first() -> None:
+    def numbers(ranks: int = 2, **changes: Any) -> list[int]:
+        return [way.zero_stage for way in own_ways(stage_of(**changes), ranks=ranks)]
+
+    four_bits: dict[str, Any] = {"train": {"lora": 1e-3}, "lora": {"quantize": "nf4"}}
+    assert numbers() == [0, 1, 2, 3]
+    assert numbers(ranks=1) == [0]
+    assert numbers(zero={"offload_optimizer": "cpu"}) == [2, 3]
+    assert numbers(zero={"offload_optimizer": "cpu"}, ranks=1) == [2]
+    assert numbers(zero={"offload_parameters": "cpu"}, ranks=1) == [3]
+    assert numbers(**four_bits) == numbers(compile=True) == [0, 1, 2]
+    with pytest.raises(ConfigError, match="zero: what it offloads needs stage 3, which cannot hold"):
+        numbers(**four_bits, zero={"offload_parameters": "cpu"})
+    listed = ways(stage_of(activation_checkpointing=3))
+    assert listed.index(Way(zero_stage=3)) + 1 == listed.index(Way(zero_stage=0, recompute=3))
+    assert listed.index(Way(zero_stage=3, recompute=3)) + 1 == listed.index(Way(zero_stage=0, recompute=1))
+    # keys of zero.extra that only offloading knows rule the other ways out
+    extra = {"zero_optimization": {"offload_optimizer": {"buffer_count": 5}}}
+    only = ways(stage_of(zero={"offload_optimizer": "cpu", "extra": extra}))
+    assert {way.offload for way in only} == {"optimizer", "all"}
