@@ -27,6 +27,7 @@ lint: $(STAMP)
 bench: $(BENCH_STAMP)
 	$(BIN)/python benchmarks/training.py $(BENCH)
 
+# about half an hour on two cores
 soak: $(STAMP)
 	PYTHONPATH=tests $(BIN)/python tests/distributed/soak.py
 

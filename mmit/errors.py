@@ -15,7 +15,7 @@ EXIT_USER_ERROR = 2
 """The input was wrong, the message says what to change."""
 
 EXIT_INTERRUPTED = 75
-"""SIGTERM or Ctrl-C: the run saved its state; the same command continues it (``EX_TEMPFAIL`` of sysexits.h)."""
+"""SIGTERM or Ctrl-C: what was done is saved; the same command goes on from there (``EX_TEMPFAIL`` of sysexits.h)."""
 
 
 class MmitError(Exception):
@@ -54,6 +54,6 @@ class OtherRankFailed(MmitError):
 
 
 class Interrupted(MmitError):
-    """The run was asked to stop and has saved its state."""
+    """The run was asked to stop, and what it had done is saved."""
 
     exit_code = EXIT_INTERRUPTED

@@ -115,12 +115,13 @@ def launch(arguments: Sequence[str], *, ranks: int, threads: int, stage: str, ne
         told = "\n".join(sorted({said for line in lines if (said := line.told())}))
     if len(codes) == ranks and all(code == 0 for code in codes):
         return
+    stopped = f"stage {stage}: was stopped; {next_time()}"
     if any(code == EXIT_INTERRUPTED for code in codes):
-        raise Interrupted(told or f"stage {stage}: was stopped; {next_time()}")
+        raise Interrupted(told or stopped)
     if watch.signals > 1:
         raise TrainingError(f"stage {stage}: ended at the second signal, without saving; {next_time()}")
-    if watch.signals and all(code == -signal.SIGTERM for code in codes):  # they had nothing to save yet
-        raise Interrupted(f"stage {stage}: stopped while it was starting; {next_time()}")
+    if watch.signals and (not codes or -signal.SIGTERM in codes):  # only a rank that starts dies of it
+        raise Interrupted(stopped)
     died = watch.first_to_fail if watch.first_to_fail is not None else 0
     if told:
         failure = TrainingError(told)

@@ -49,7 +49,7 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame
         if not self.asked and rank() == 0:
-            logger.info("%s: saving after this step", signal.Signals(number).name)
+            logger.info("%s: stops when what is done so far is saved", signal.Signals(number).name)
         self.asked = True
 
 

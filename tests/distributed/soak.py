@@ -177,7 +177,12 @@ class Soak:
         same_bits = ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
         if ours.keys() != theirs.keys() or off > tolerance or (tolerance == 0.0 and not same_bits):
             self.faults.append(f"{name}: weights differ by {off:.1e}")
-        print(f"{name}: {steps} steps; losses differ by at most {loss:.1e}, weights by {off:.1e}", flush=True)
+        samples = [sum(line["samples"] for line in lines) for lines in (seen, wanted)]
+        print(
+            f"{name}: {steps} steps with {samples[0]} samples, {samples[1]} in the run that nobody touched; "
+            f"losses differ by at most {loss:.1e}, weights by {off:.1e}",
+            flush=True,
+        )
 
 
 def _children(process: psutil.Process) -> list[psutil.Process]:

@@ -3,6 +3,7 @@
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,22 +46,35 @@ def aligned(run_file: Path) -> Path:
     return run_file.parent / "run" / "align"
 
 
-def test_a_run_that_is_stopped_and_killed_equals_one_that_is_not(run_file: Path, aligned: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def stopped(run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of the align stage on two ranks under ZeRO-2, which SIGTERM reached at step 2 or soon after."""
+    output = tmp_path_factory.mktemp("stopped")
+    started = start_and_wait_for_step(
+        output / "align", 2, "train", str(run_file), f"output={output}", "--stage", "align"
+    )
+    started.send_signal(signal.SIGTERM)
+    said = started.communicate(timeout=60)[0]
+    assert started.returncode == 75, said
+    step = metrics(output / "align")[-1]["step"]
+    assert f"error: stage align: stopped, and saved at step {step} of " in said
+    assert said.count("the same command continues it") == 1
+    return output
+
+
+def test_a_run_that_is_stopped_and_killed_equals_one_that_is_not(
+    run_file: Path, aligned: Path, stopped: Path, tmp_path: Path
+) -> None:
     """SIGTERM at step 2, kill -9 of one rank at step 6, then to the end: same samples, same losses, same bits."""
     words = ("train", str(run_file), f"output={tmp_path}", "--stage", "align")
     folder = tmp_path / "align"
-
-    started = start_and_wait_for_step(folder, 2, *words)
-    started.send_signal(signal.SIGTERM)
-    output = started.communicate(timeout=60)[0]
-    assert started.returncode == 75, output
-    assert "the same command continues it" in output
+    shutil.copytree(stopped / "align", folder)
 
     started = start_and_wait_for_step(folder, 6, *words)
     rank_processes(started)[1].kill()
     output = started.communicate(timeout=60)[0]
     assert started.returncode == 1, output
-    assert "rank 1 ended with SIGKILL; the same command continues from the last complete checkpoint" in output
+    assert f"rank 1 ended with SIGKILL; the same command continues from {folder / 'checkpoints' / 'step-'}" in output
     assert "Traceback" not in output  # of rank 0, whose collective breaks off
 
     done = mmit(*words)
@@ -114,17 +128,16 @@ def test_kill_minus_nine_of_everything_leaves_no_rank_behind_and_a_damaged_check
 
 
 def test_a_run_goes_on_with_other_ranks_zero_stages_and_micro_batches(
-    run_file: Path, aligned: Path, tmp_path: Path
+    run_file: Path, aligned: Path, stopped: Path, tmp_path: Path
 ) -> None:
     """Two ranks under ZeRO-2, one rank without ZeRO, two ranks under ZeRO-3 with rows two by two."""
     words = ["train", str(run_file), f"output={tmp_path}", "--stage", "align"]
     folder = tmp_path / "align"
-    one = ["--ranks", "1", "stages.align.zero.stage=0"]
-    for step, changes in ((3, []), (8, one)):
-        started = start_and_wait_for_step(folder, step, *words, *changes)
-        started.send_signal(signal.SIGTERM)
-        output = started.communicate(timeout=60)[0]
-        assert started.returncode == 75, output
+    shutil.copytree(stopped / "align", folder)
+    started = start_and_wait_for_step(folder, 8, *words, "--ranks", "1", "stages.align.zero.stage=0")
+    started.send_signal(signal.SIGTERM)
+    output = started.communicate(timeout=60)[0]
+    assert started.returncode == 75, output
     done = mmit(*words, "stages.align.zero.stage=3", "stages.align.batch.rows_per_micro_batch=2")
     assert done.returncode == 0, done.stderr
     assert "which 1 ranks wrote under ZeRO-0" in done.stderr

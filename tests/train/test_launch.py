@@ -66,7 +66,13 @@ HANGS = f"signal.signal(signal.SIGTERM, signal.SIG_IGN); {SLEEPS}"
 @pytest.mark.parametrize(
     ("code", "signals", "said"),
     [
-        pytest.param(SLEEPS, 1, Interrupted("stage a: stopped while it was starting; (next time)"), id="at start"),
+        pytest.param(
+            f"os.environ['RANK'] == '1' and signal.signal(signal.SIGTERM, signal.SIG_IGN); {SLEEPS}",
+            1,
+            Interrupted("stage a: was stopped; (next time)"),
+            id="at start, where another rank waits for it",
+        ),
+        pytest.param(SLEEPS, 1, Interrupted("stage a: was stopped; (next time)"), id="at start"),
         pytest.param(SAVES, 1, Interrupted("saved at step 3"), id="saved"),
         pytest.param(
             HANGS,
