@@ -8,7 +8,8 @@ attention of width w, and a head of h x V:
     head        c h V S      at the S labelled positions only
 
 A frozen tower runs forward alone, one that trains counts three times. Connectors are left out: a few percent of the
-tower. Of experts those count that a token is sent to; what is computed anew in a backward pass counts once.
+tower. Of experts those count that a token is sent to; what is computed anew in a backward pass counts once, and the
+tokens that samples share (shared_prefix.py) count for each of them.
 """
 
 from __future__ import annotations
