@@ -24,7 +24,7 @@ def advice(plan: StagePlan) -> Advice:
         return Advice(
             choice=None,
             sentence=f"nothing fits {room}, not even rows of {least} tokens: take more ranks, adapters (lora) with "
-            "lora.quantize: nf4, or freeze more",
+            "lora.quantize: nf4, freeze more, or make DeepSpeed's buckets smaller (docs/planner.md)",
         )
     told = best.way.overrides(plan.name, plan.stage)
     if best.bytes <= plan.machine.memory:
