@@ -60,9 +60,7 @@ def convert(
 @app.command("show")
 def show(
     shards: Shards,
-    tokenizer: Annotated[
-        str, typer.Option(help="A language model (directory or hub name), or a model directory with its encoder.")
-    ],
+    tokenizer: Annotated[str, typer.Option(help="A model: directory, name on the hub, or run file (YAML).")],
     template: Annotated[str, typer.Option(help="Chat template: own, a .jinja file, or a built-in name.")] = "own",
     style: Annotated[
         Literal["hf", "llava", "blip"] | None, typer.Option(help="How text around images is tokenized; else hf.")
@@ -76,14 +74,10 @@ def show(
     from rich.console import Console
 
     from mmit.data.show import show as shown
-    from mmit.data.show import text_view
-    from mmit.train.views import is_whole_model, model_view
+    from mmit.train.views import view_of
 
     console = Console(soft_wrap=True, highlight=False)
-    if is_whole_model(tokenizer):
-        view = model_view(tokenizer, template=template, style=style, image_tokens=image_tokens)
-    else:
-        view = text_view(tokenizer, template=template, style=style or "hf", image_tokens=image_tokens or 576)
+    view = view_of(tokenizer, template=template, style=style, image_tokens=image_tokens)
     for text in shown(shards, view, samples=sample or [0], marks=not console.is_terminal):
         console.print(text)
 

@@ -43,6 +43,8 @@ def local_set(path: str | Path) -> tuple[Path, list[Path], Manifest | None]:
             if unfinished.is_dir()
             else ""
         )
+        if not hint and not glob.has_magic(str(location)) and not location.exists():
+            raise DataError(f"{path}: there is no such directory or tar; shards are made by `mmit data convert`")
         raise DataError(f"{path}: no shards (*.tar) here{hint}")
     if directory.name.endswith(".partial"):
         raise DataError(f"{path}: an unfinished conversion; run the same `mmit data convert` again to finish it")

@@ -21,9 +21,10 @@ from mmit.data.examine import Control
 from mmit.data.findings import Diagnosis, Prediction, Report
 from mmit.data.page import diagnosis_page
 from mmit.data.plan import Plan
+from mmit.data.recipe import find_recipe
 from mmit.data.remote import is_remote
 from mmit.data.summary import summarize
-from mmit.errors import DataError, MmitError
+from mmit.errors import ConfigError, DataError, MmitError
 from mmit.models import read_outline
 from mmit.tokenizer import control_tokens, load_tokenizer
 from mmit.train.feed import Encode, location, make_encode, plan_stage
@@ -105,7 +106,11 @@ def _shards(target: str) -> str | Path:
         return target
     if not is_file_of_words and len(path.parts) > 1:
         raise DataError(f"{target}: there is no such directory or tar")
-    return load_recipe(target).directory
+    try:
+        recipe = find_recipe(target)
+    except ConfigError as error:
+        raise ConfigError(f"{target}: there is no directory, tar or run file of this name, and {error}") from None
+    return load_recipe(str(recipe)).directory
 
 
 def _diagnose_run(config: RunConfig, questions: Questions) -> Diagnosis:

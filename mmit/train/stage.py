@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,12 +22,12 @@ from mmit.distributed import (
     is_lost_connection,
     logger,
     rank,
-    ranks_that_differ,
     set_up_logging,
     world_size,
 )
 from mmit.errors import ConfigError, Interrupted, OtherRankFailed, TrainingError
 from mmit.hub import Revisions, pinning
+from mmit.train.agreement import check_ranks_agree
 from mmit.train.launch import is_complete
 from mmit.train.run_files import revisions_before
 from mmit.train.settings import deciding_settings
@@ -178,7 +175,7 @@ def _make_ready(config: RunConfig, name: str, revisions: Revisions, *, stop: Sto
     answers = plan_answers(config, name, loaded, evaluation, feed.encode.template)
     held_out = " ".join(part.fingerprint for part in (evaluation, answers) if part is not None)
     commits = revisions.commits()
-    _check_ranks_agree(state, {"held-out plan": held_out, "revision on the hub": commits})
+    check_ranks_agree(state, {"held-out plan": held_out, "revision on the hub": commits})
     count_work = work_of(loaded.model) if is_measured(stage.log.mfu) else None
     engine = make_engine(config, name, loaded, dtype=dtype)
     work = None if count_work is None else count_work()
@@ -196,19 +193,6 @@ def _make_ready(config: RunConfig, name: str, revisions: Revisions, *, stop: Sto
         work=work,
         commits=commits,
     )
-
-
-def _check_ranks_agree(state: RunState, others: Mapping[str, Any]) -> None:
-    """Raise TrainingError where ranks would train on other plans, settings or versions; collective."""
-    liger = ["liger-kernel"] if find_spec("liger_kernel") else []  # it is looked for, and taken where it is found
-    versions = {package: version(package) for package in ("mmit", "torch", "transformers", "deepspeed", *liger)}
-    parts = {"plan": state.plan, "precision": state.precision, "settings": state.settings, "versions": versions}
-    for what, value in {**parts, **others}.items():
-        if differ := ranks_that_differ(json.dumps(value, sort_keys=True, default=str)):
-            raise TrainingError(
-                f"ranks {', '.join(map(str, differ))} have another {what} than rank 0; "
-                "give all hosts the same run file, shards and packages"
-            )
 
 
 def _run(ready: _Ready, *, stop: StopRequest) -> Path:

@@ -410,7 +410,10 @@ def test_a_recipe_and_a_run_are_checked_by_what_they_read(tmp_path: Path) -> Non
 def test_what_cannot_be_checked_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no such directory or tar"):
         diagnose(str(tmp_path / "nowhere"), Questions(depth=QUIET))
-    with pytest.raises(ConfigError, match="there is no recipe 'nosuch'"):
+    with pytest.raises(
+        ConfigError,
+        match="nosuch: there is no directory, tar or run file of this name, and there is no recipe 'nosuch'",
+    ):
         diagnose("nosuch", Questions(depth=QUIET))
     report = Report(url="https://x/", broken=[quarantine.Entry("s.tar", 0, 0, "k", "r")])
     with pytest.raises(DataError, match=r"quarantine\.txt belongs beside the manifest"):

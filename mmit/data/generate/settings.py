@@ -130,7 +130,10 @@ def load_generation(path: Path, changes: Mapping[str, Any] | None = None) -> Gen
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except OSError as error:
+        remedy = "name a YAML file with keys such as endpoint, source and out"
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}; {remedy}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: holds no keys such as endpoint, source and out")
