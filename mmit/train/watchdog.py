@@ -30,6 +30,11 @@ QUIET_SECONDS = 3 * BEAT_SECONDS
 """After such a silence of another rank, ranks that compute are not blamed before that one is."""
 SLOWER = 10.0
 """A phase may take so many times the longest of its kind so far before it counts as a stall."""
+SLOWER_THAN_FIRST = 2.0
+"""Computing may take so many times as long as in the first step, which warms up, but measures a slow machine.
+
+Reading in the first step is no measure: it starts the processes that read.
+"""
 
 READING, COMPUTING, WAITING, SAVING = "reading", "computing", "waiting for the other ranks at", "saving after"
 EVALUATING = "evaluating after"
@@ -94,7 +99,7 @@ class Watchdog:
         self._stall_seconds = stall_seconds
         self._reading = reading
         self._phase, self._since, self._step, self._samples = "starting", time.monotonic(), 0, ""
-        self._longest: dict[str, float] = {}
+        self._usual: dict[str, float] = {}  # seconds that each phase may take, by what it took
         self._steps_done = 0
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -106,8 +111,9 @@ class Watchdog:
     def mark(self, phase: str, *, step: int, samples: Sequence[str] = ()) -> None:
         """From now on this rank does ``phase`` of ``step`` (1-based), with these samples."""
         now = time.monotonic()
-        if self._steps_done:  # the first step warms up caches and is no measure
-            self._longest[self._phase] = max(self._longest.get(self._phase, 0.0), now - self._since)
+        if self._steps_done or self._phase == COMPUTING:
+            usual = (SLOWER if self._steps_done else SLOWER_THAN_FIRST) * (now - self._since)
+            self._usual[self._phase] = max(self._usual.get(self._phase, 0.0), usual)
         self._steps_done += step > self._step > 0
         self._phase, self._since, self._step = phase, now, step
         self._samples = ", ".join(samples[:4]) + (" ..." if len(samples) > 4 else "")
@@ -121,14 +127,13 @@ class Watchdog:
     def beat(self, number: int) -> Beat:
         """What this rank says of itself now."""
         phase, since, step = self._phase, self._since, self._step
-        usual = SLOWER * self._longest.get(phase, 0.0)
         return Beat(
             number=number,
             host=socket.gethostname(),
             step=step,
             phase=phase,
             seconds=time.monotonic() - since,
-            limit=max(self._stall_seconds, usual) if self._steps_done else 0.0,
+            limit=max(self._stall_seconds, self._usual.get(phase, 0.0)) if self._steps_done else 0.0,
             samples=self._reading() if phase == READING else self._samples,
         )
 

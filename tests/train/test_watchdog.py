@@ -94,10 +94,21 @@ def test_a_rank_whose_cable_is_pulled_before_its_second_beat_is_known_and_silent
     assert silent[1] >= 0.05 > silent[0]
 
 
-def test_a_phase_that_has_always_been_long_gets_ten_times_its_longest() -> None:
-    watchdog = Watchdog(stall_seconds=0, reading=lambda: "")
-    watchdog.mark(READING, step=1)
-    assert watchdog.beat(1).limit == 0  # the first step
-    watchdog.mark(COMPUTING, step=2)
-    watchdog._longest[COMPUTING] = 7.0  # a measured phase of 7 s
-    assert watchdog.beat(1).limit == 70.0
+def test_a_phase_may_take_ten_times_its_longest_and_computing_twice_that_of_the_first_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    watched = Watchdog(stall_seconds=0, reading=lambda: "")
+
+    def limits(reading: float, computing: float, *, step: int) -> tuple[float, float]:
+        nonlocal now
+        watched.mark(READING, step=step)
+        of_reading, now = watched.beat(1).limit, now + reading
+        watched.mark(COMPUTING, step=step)
+        of_computing, now = watched.beat(1).limit, now + computing
+        return of_reading, of_computing
+
+    assert limits(50, 97, step=1) == (0, 0)  # nothing is judged yet
+    assert limits(2, 90, step=2) == (0, 194)  # a slow machine; of reading nothing is known yet
+    assert limits(2, 3, step=3) == (20, 900)
