@@ -163,7 +163,9 @@ def test_a_sample_longer_than_a_row(mistake: Mistake, tmp_path: Path, parts: dic
 
 
 def test_shards_that_are_not_there(mistake: Mistake, tmp_path: Path, parts: dict) -> None:
-    assert "no shards" in mistake("data", "plan", run_file(tmp_path, parts, tmp_path / "nowhere"))
+    assert "there is no such directory or tar" in mistake(
+        "data", "plan", run_file(tmp_path, parts, tmp_path / "nowhere")
+    )
 
 
 def test_a_tokenizer_without_the_tokens_of_the_template(mistake: Mistake, tmp_path: Path, parts: dict) -> None:

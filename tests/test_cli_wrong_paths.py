@@ -42,7 +42,6 @@ def test_a_wrong_path_is_one_sentence_with_its_name_under_every_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     Path("list.yaml").write_text("- 1\n- 2\n")
     Path("noise.yaml").write_bytes(bytes(range(256)))
     Path("folder").mkdir()

@@ -193,15 +193,17 @@ def _fused_attention() -> Generator[None]:
     """On the meta device torch writes attention out, scores included; while in force it takes the fused kernel."""
     whole = functional.scaled_dot_product_attention
 
-    def fused(
+    def fused(  # noqa: PLR0917 - torch's signature, which torch's own modules call by place
         query: Tensor,
         key: Tensor,
         value: Tensor,
         attn_mask: Tensor | None = None,
         dropout_p: float = 0.0,
-        **others: Any,  # noqa: ANN401 - torch's own arguments
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
     ) -> Tensor:
-        is_causal, scale = others.get("is_causal", False), others.get("scale")
+        del enable_gqa
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         return kernel(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 

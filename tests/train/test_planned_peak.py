@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from model_factories import tiny_model_section
 from plan_memory import ALLOWED, predicted_and_measured
-from ranks import free_port
 
 from mmit.config import load_config
-from mmit.train.engine import init_process_group
 
 
 @pytest.fixture(scope="module")
-def section(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+def section(one_rank: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A toy model, on the one rank of a process group."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
-            patch.setenv(name, value)
-        patch.setenv("MASTER_PORT", str(free_port()))
-        init_process_group()
-        yield tiny_model_section(tmp_path_factory.mktemp("peak"))
-        torch.distributed.destroy_process_group()
+    return tiny_model_section(tmp_path_factory.mktemp("peak"))
 
 
 @pytest.mark.parametrize(("number", "recompute"), [(0, False), (2, True)])

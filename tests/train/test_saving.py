@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from model_factories import tiny_model_section
-from ranks import free_port
 from safetensors.torch import load_file
 
 from mmit.config import ComposedModel, Zero
@@ -19,7 +18,7 @@ from mmit.models import LoadedModel, build_model, tensor_file
 from mmit.train import checkpoint, engine_state
 from mmit.train.copies import Copies
 from mmit.train.deepspeed_settings import deepspeed_config
-from mmit.train.engine import Engine, init_process_group
+from mmit.train.engine import Engine
 from mmit.train.model_writer import ModelWriter
 from mmit.train.optim import adamw, parameter_groups
 from mmit.train.saving import Saver
@@ -31,23 +30,15 @@ STATE = checkpoint.RunState(
 
 
 @pytest.fixture(scope="module")
-def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LoadedModel, Engine]]:
+def started(one_rank: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedModel, Engine]:
     """A tiny model of which the connector trains, on one rank under ZeRO-2, after one step."""
-    folder = tmp_path_factory.mktemp("parts")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
-            patch.setenv(name, value)
-        patch.setenv("MASTER_PORT", str(free_port()))
-        init_process_group()
-        section = ComposedModel.model_validate(tiny_model_section(folder))
-        loaded = build_model(section, dtype=torch.float32, seed=0)
-        groups = parameter_groups(loaded.model, loaded.model.train_only({"connector": 1e-2}), weight_decay=0.0)
-        settings = deepspeed_config(
-            Zero(stage=2), dtype=torch.float32, rows_per_micro_batch=1, micro_batches=1, clip_norm=0.0
-        )
-        engine = Engine(loaded.model, adamw(groups, betas=(0.9, 0.999), eps=1e-8), settings, dtype=torch.float32)
-        yield loaded, engine
-        torch.distributed.destroy_process_group()
+    section = ComposedModel.model_validate(tiny_model_section(tmp_path_factory.mktemp("parts")))
+    loaded = build_model(section, dtype=torch.float32, seed=0)
+    groups = parameter_groups(loaded.model, loaded.model.train_only({"connector": 1e-2}), weight_decay=0.0)
+    settings = deepspeed_config(
+        Zero(stage=2), dtype=torch.float32, rows_per_micro_batch=1, micro_batches=1, clip_norm=0.0
+    )
+    return loaded, Engine(loaded.model, adamw(groups, betas=(0.9, 0.999), eps=1e-8), settings, dtype=torch.float32)
 
 
 @pytest.fixture
