@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 
 from mmit.batch import IGNORE, Batch, Instructions
+from mmit.errors import ConfigError
 from mmit.models import attention
 from mmit.models.absent import AbsentTower
 from mmit.models.connectors import Connector
@@ -34,6 +35,10 @@ BACKWARD = "gradients on their way"
 
 QUESTION_TOKENS = 32
 """Length of a question that a connector reads, where one does."""
+
+
+class NotOnShapes(ConfigError):
+    """A model cannot be run without values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +113,10 @@ def worst_batch(loaded: LoadedModel, row: RowLoad, *, rows: int) -> Batch:
 
 
 def activation_peak(model: VisionLanguageModel, batch: Batch) -> ActivationPeak:
-    """The peak of one micro-batch on a model of meta tensors that is set up for training; it is left as it was."""
+    """The peak of one micro-batch on a model of meta tensors that is set up for training; it is left as it was.
+
+    Raises NotOnShapes where its forward pass asks for values.
+    """
     live = _Pass()
     live.ignore((*model.parameters(), *model.buffers()))  # a view of a weight is nothing new
     model.train()
@@ -117,10 +125,14 @@ def activation_peak(model: VisionLanguageModel, batch: Batch) -> ActivationPeak:
             for hook in _watch(model, live):
                 stack.callback(hook.remove)
             stack.enter_context(_fused_attention())
+            stack.enter_context(_packed_masks())
             stack.enter_context(live)
             loss = model(batch)
             live.part = BACKWARD
             torch.autograd.backward(loss)
+    except (RuntimeError, TypeError) as error:  # torch's, of what asks for values: shapes have none
+        told = str(error).strip().partition("\n")[0]
+        raise NotOnShapes(f"the model does not run on shapes alone, so its activations are unknown: {told}") from error
     finally:
         model.eval()
     return ActivationPeak(by_part={name: size for name, size in live.at_peak.items() if size}, curve=tuple(live.curve))
@@ -186,6 +198,21 @@ def _watch(model: VisionLanguageModel, live: _Pass) -> Iterator[Any]:
     for parameter in model.parameters():
         if parameter.requires_grad:
             yield parameter.register_post_accumulate_grad_hook(live.release)
+
+
+@contextmanager
+def _packed_masks() -> Generator[None]:
+    """While in force, transformers makes the mask of packed rows, without asking whether these are any."""
+    whole = masking_utils.find_packed_sequence_indices
+
+    def sample_of_each_token(position_ids: Tensor) -> Tensor | None:
+        return (position_ids == 0).cumsum(-1)
+
+    masking_utils.__dict__["find_packed_sequence_indices"] = sample_of_each_token
+    try:
+        yield
+    finally:
+        masking_utils.__dict__["find_packed_sequence_indices"] = whole
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from deepspeed.accelerator import get_accelerator
 from mmit.config import RunConfig
 from mmit.distributed import gathered, logger, rank, world_size
 from mmit.errors import ConfigError
+from mmit.models.activations import NotOnShapes
 from mmit.train import checkpoint
 from mmit.train.environment import total_memory
 from mmit.train.planner import FIXED, Machine, plan_at_start
@@ -24,6 +25,9 @@ from mmit.train.ways import own_ways
 
 FIXED_ON_CPU = 2**29
 """Bytes of a process on a CPU that no tensor holds: Python, torch and the libraries."""
+
+PARTITIONED = 3
+"""The stage that partitions weights too; taken without a plan only where no other can be."""
 
 
 def with_zero_stage(config: RunConfig, name: str, *, dtype: torch.dtype) -> RunConfig:
@@ -55,7 +59,12 @@ def decide(config: RunConfig, name: str, *, dtype: torch.dtype, memory: int, ran
     if len(own) == 1:
         return own[0].zero_stage, "one rank shares nothing out" if ranks == 1 else "no other can be taken"
     fixed = FIXED_ON_CPU if get_accelerator().device_name() == "cpu" else FIXED
-    choice = plan_at_start(config, name, Machine(ranks=ranks, memory=memory, rate=0, fixed=fixed), dtype=dtype).auto
+    machine = Machine(ranks=ranks, memory=memory, rate=0, fixed=fixed)
+    try:
+        choice = plan_at_start(config, name, machine, dtype=dtype).auto
+    except NotOnShapes as error:
+        unplanned = max((way.zero_stage for way in own if way.zero_stage < PARTITIONED), default=own[0].zero_stage)
+        return unplanned, f"unplanned: {error}; set stages.{name}.zero.stage where that is not right"
     fits = "the first that fits" if choice.bytes <= memory else "none fits, and it needs least:"
     return choice.way.zero_stage, f"{fits} {_gib(memory)} GiB: about {_gib(choice.bytes)} on each of {ranks} ranks"
 

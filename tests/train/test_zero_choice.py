@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from model_factories import tiny_model_section
+from family_factories import family_section, write_family
+from model_factories import tiny_model_section, tiny_open_clip
 
 from mmit.config import RunConfig, Stage, load_config
 from mmit.errors import ConfigError
+from mmit.models import VisionLanguageModel
 from mmit.train.planner import Machine, StagePlan, plan_of
 from mmit.train.ways import Way, own_ways, ways
 from mmit.train.zero_choice import FIXED_ON_CPU, decide
@@ -118,3 +120,30 @@ def test_only_what_the_stage_allows_is_tried_and_less_partitioned_first() -> Non
     extra = {"zero_optimization": {"offload_optimizer": {"buffer_count": 5}}}
     only = ways(stage_of(zero={"offload_optimizer": "cpu", "extra": extra}))
     assert {way.offload for way in only} == {"optimizer", "all"}
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "stablelm", "bloom", "gpt_oss", "mamba"])
+def test_a_plan_is_made_of_models_whose_masks_are_made_by_transformers(name: str, tmp_path: Path) -> None:
+    write_family(name, tmp_path)
+    model = family_section(name, tmp_path).model_dump(mode="json", exclude_unset=True)
+    found, why = decide(config_of(model, tmp_path), "s", dtype=torch.float32, memory=2**40, ranks=2)
+    assert found == 0
+    assert why.startswith("the first that fits")
+
+
+def test_a_plan_is_made_of_a_tower_of_open_clip(section: dict[str, Any], tmp_path: Path) -> None:
+    config = config_of({**section, "encoder": tiny_open_clip(tmp_path / "clip")}, tmp_path)
+    assert decide(config, "s", dtype=torch.float32, memory=2**40, ranks=2)[1].startswith("the first that fits")
+
+
+def test_a_model_that_needs_values_is_trained_unplanned_and_the_log_says_why(
+    section: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(model: Any, batch: Any) -> Any:
+        return torch.ones(1, device="meta").item()
+
+    monkeypatch.setattr(VisionLanguageModel, "forward", forward)
+    found, why = decide(config_of(section, tmp_path), "s", dtype=torch.float32, memory=2**40, ranks=2)
+    assert found == 2
+    assert "does not run on shapes alone" in why
+    assert "stages.s.zero.stage" in why
