@@ -81,6 +81,7 @@ def main(run_file: str) -> None:
         result: dict[str, Any] = {"alone": stage(path, "alone", 1), "shared": stage(path, "shared", 2)}
         if rank() == 0:
             shutil.rmtree(path.parent / "shared" / "instruct" / "model")
+        torch.distributed.barrier()  # else the other rank may still find a finished stage
         result["continued"] = stage(path, "shared", 2)
         try:
             stage(path, "three", 3)
