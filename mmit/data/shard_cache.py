@@ -13,6 +13,8 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
+from typing import Literal
 
 import numpy as np
 
@@ -20,6 +22,9 @@ from mmit.data.faults import StorageError
 from mmit.data.index import ROW, digest, scan, store_index
 from mmit.data.remote import download, read_small
 from mmit.data.shards import ShardInfo
+
+_PARSING = Lock()
+"""Python 3.11 may raise SystemError where two threads parse the headers of arrays (python/cpython, issue 106905)."""
 
 
 @dataclass(frozen=True)
@@ -102,14 +107,14 @@ class RemoteShards:
         name = Path(shard.file).with_suffix(".idx.npy").name
         path = self.home / name
         with suppress(OSError, ValueError, EOFError):
-            rows = np.load(path, mmap_mode="r")
+            rows = _load(path, mmap_mode="r")
             if _fits(rows, shard):
                 return rows[:-1]
         content = read_small(self.url + name)
         rows = None
         if content is not None:
             with suppress(ValueError, EOFError, OSError):
-                rows = np.load(io.BytesIO(content))
+                rows = _load(io.BytesIO(content))
         if rows is None or not _fits(rows, shard):
             rows = scan(self.fetch(shard))
             if not _fits(rows, shard):
@@ -117,8 +122,13 @@ class RemoteShards:
                     f"{self.url}{shard.file}: its members are not those of the manifest; upload it again"
                 )
         if store_index(path, rows):
-            rows = np.load(path, mmap_mode="r")
+            rows = _load(path, mmap_mode="r")
         return rows[:-1]
+
+
+def _load(source: Path | io.BytesIO, *, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
+    with _PARSING:
+        return np.load(source, mmap_mode=mmap_mode)
 
 
 @contextmanager
