@@ -24,7 +24,7 @@ from mmit.data.remote import download, read_small
 from mmit.data.shards import ShardInfo
 
 _PARSING = Lock()
-"""Python 3.11 may raise SystemError where two threads parse the headers of arrays (python/cpython, issue 106905)."""
+"""Python 3.11 may raise SystemError where two threads parse the headers of arrays (CPython gh-106905)."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 NAME = "someone/tiny-llm"
 OLD, NEW = "a" * 40, "b" * 40
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")
