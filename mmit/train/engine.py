@@ -6,14 +6,13 @@ import logging
 import math
 import resource
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from importlib import import_module
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime import compiler
 from torch import Tensor, nn
 
 from mmit.distributed import local_rank, world_size
@@ -57,12 +56,13 @@ def _load_muon() -> None:
     Its three functions are decorated with ``torch.compile``, which at once loads the whole compiler: more than a second
     of each rank's start.
     """
-    names = vars(compiler)
-    decorator, names["compile"] = compiler.compile, lambda: lambda function: function
-    try:
-        import_module("deepspeed.runtime.zero.muon.muon_optimizer")
-    finally:
-        names["compile"] = decorator
+    with suppress(ImportError):  # a DeepSpeed that has no such module loads nothing for it either
+        names = vars(import_module("deepspeed.runtime.compiler"))
+        decorator, names["compile"] = names["compile"], lambda: lambda function: function
+        try:
+            import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+        finally:
+            names["compile"] = decorator
 
 
 def resolve_precision(asked: str) -> torch.dtype:
