@@ -3,8 +3,9 @@
 Each case is a stage of a toy model (24 M parameters, 96 MB in fp32) trained for two steps of two micro-batches on CPU
 ranks, in fresh processes, by the engine of ``mmit train``. Measured is what PyTorch's own allocator had handed out
 (weights, gradients, optimizer, DeepSpeed's buffers, activations, what kernels need inside) at the worst moment of the
-run on rank 0; the resident set would also count libraries, the heap's holes and what the kernel has not taken back,
-which at this size are more than what is to be checked. On GPUs cases run that have a device for each rank.
+run, on the rank that held least: what a thread of gloo holds until it sends again differs from run to run. The resident
+set would also count libraries, the heap's holes and what the kernel has not taken back, which at this size are more
+than what is to be checked. On GPUs cases run that have a device for each rank.
 """
 
 from __future__ import annotations
@@ -167,7 +168,8 @@ def _launch(file: Path, ranks: int) -> dict[str, int]:
     ended = [process.communicate() for process in started]
     if any(process.returncode for process in started):
         raise RuntimeError(ended[0][1][-2000:])
-    return json.loads(ended[0][0].splitlines()[-1])
+    # a thread of gloo holds what it sent last until it sends again: more than the least of the ranks may be that
+    return min((json.loads(out.splitlines()[-1]) for out, _ in ended), key=lambda found: found["measured"])
 
 
 def _rank(file: Path) -> None:

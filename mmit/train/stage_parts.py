@@ -61,6 +61,7 @@ def attend(loaded: LoadedModel, stage: Stage, name: str) -> None:
 
 def make_engine(config: RunConfig, name: str, loaded: LoadedModel, *, dtype: torch.dtype) -> Engine:
     """DeepSpeed's engine around the model, with what the stage trains made trainable."""
+    from mmit.train.allocator import keep_freed_memory
     from mmit.train.engine import Engine, device
     from mmit.train.optim import adamw, parameter_groups
     from mmit.train.trained import table
@@ -71,6 +72,8 @@ def make_engine(config: RunConfig, name: str, loaded: LoadedModel, *, dtype: tor
         model.enable_activation_checkpointing(every=int(stage.activation_checkpointing))
     logger.info("%s", table(model, groups))
     model.to(device())
+    if device().type == "cpu":
+        keep_freed_memory()
     _accelerate(model, stage, name)
     optimizer = adamw(
         parameter_groups(model, groups, weight_decay=stage.optim.weight_decay),

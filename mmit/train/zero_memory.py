@@ -35,6 +35,9 @@ REUSE, PREFETCH, PERSISTENT = 1_000_000_000, 50_000_000, 100_000
 """DeepSpeed's defaults, in elements: ``reduce_bucket_size``, ``sub_group_size``, ``stage3_max_reuse_distance``,
 ``stage3_prefetch_bucket_size``, ``stage3_param_persistence_threshold``."""
 
+NORM = 250_000_000
+"""Elements of an offloaded gradient whose norm DeepSpeed takes at a time."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
@@ -185,10 +188,12 @@ def _partitioned_weights(
     if zero.get("offload_param"):
         always[WEIGHTS] = weights.small + gathered // ranks  # pieces on their way to be gathered
     laid_out = min(elements, max(bucket, weights.largest)) * size  # in the order of the ranks, to be sent
+    norm = min(weights.largest // ranks, NORM) * 8 if offloaded else 0  # of one gradient, taken in float64
+    sent = bucket * size + gathered + laid_out + norm
     moments = [
         {**always, BUFFERS: bucket * size + gathered, ACTIVATIONS: activations.released},
-        {**always, BUFFERS: bucket * size + gathered + laid_out, ACTIVATIONS: activations.after(bucket * size)},
-        {**always, BUFFERS: bucket * size + gathered + laid_out},
+        {**always, BUFFERS: sent, ACTIVATIONS: activations.after(bucket * size)},
+        {**always, BUFFERS: sent},
     ]
     if not offloaded:
         group = min(max(weights.groups, default=0), int(zero.get("sub_group_size", SUB_GROUP)) * ranks) // ranks
@@ -197,10 +202,13 @@ def _partitioned_weights(
 
 
 def _gathered(weights: Weights, zero: Mapping[str, Any]) -> int:
-    """Whole weights at a time: those that the backward pass soon needs again stay, and the next are fetched ahead."""
+    """Whole weights at a time: those that the backward pass soon needs again stay, and the next are fetched ahead.
+
+    What is fetched together comes in one piece, and lies there twice while each weight is copied out of it.
+    """
     reuse = int(zero.get("stage3_max_reuse_distance", REUSE))
     ahead = int(zero.get("stage3_prefetch_bucket_size", PREFETCH))
-    return min(weights.bytes, (reuse // 2 + ahead) * weights.element + weights.widest)
+    return min(weights.bytes, (reuse // 2 + 2 * ahead) * weights.element + weights.widest)
 
 
 def _on_host(weights: Weights, zero: Mapping[str, Any], ranks: int, micro_batches: int) -> int:
