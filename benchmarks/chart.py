@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
-COLOURS = ("#08519c", "#9e9ac8", "#bcbddc", "#fdae6b", "#a1d99b", "#969696")
+COLOURS = ("#08519c", "#6baed6", "#9e9ac8", "#bcbddc", "#fdae6b", "#a1d99b", "#969696")
 LABELS, BAR, GAP, TOP = 190, 14, 14, 40
 
 

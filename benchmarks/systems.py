@@ -7,13 +7,15 @@ them batches grouped by length.
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from contest import Contest, Run, environment, run_mmit
+from contest import STAGE, Contest, Run, environment, run_mmit
 from observe import watch
 from world import LEARNING_RATE, ROWS_PER_STEP, SAMPLES_PER_ROW, SAMPLES_PER_STEP
 
@@ -36,9 +38,17 @@ PEERS = {
     "deepspeed": Peer("DeepSpeed ZeRO-2, padded", "peer_deepspeed.py"),
 }
 OURS = "mmit"
+COMPILED = "compiled"
+"""mmit with ``compile: true``, which takes a C++ compiler; compiling falls into the steps before the timed ones."""
 BASE = "trainer"
 """The system that ratios are taken to."""
-TITLES = {OURS: "mmit"} | {name: peer.title for name, peer in PEERS.items()}
+TITLES = {OURS: "mmit", COMPILED: "mmit, compiled"} | {name: peer.title for name, peer in PEERS.items()}
+
+
+def here() -> list[str]:
+    """The systems that this machine has what it takes for."""
+    lacking = set() if shutil.which(os.environ.get("CXX", "g++")) else {COMPILED}
+    return [name for name in TITLES if name not in lacking]
 
 
 class UnequalWork(AssertionError):
@@ -47,8 +57,9 @@ class UnequalWork(AssertionError):
 
 def run(system: str, contest: Contest, *, ranks: int, overrides: Sequence[str]) -> Run:
     """One run of a system; ``overrides`` are changes to mmit's run file. Raises RunError."""
-    if system == OURS:
-        return run_mmit(contest, ranks=ranks, overrides=list(overrides))
+    if system in (OURS, COMPILED):
+        compiles = [f"stages.{STAGE}.compile=true"] if system == COMPILED else []
+        return run_mmit(contest, ranks=ranks, overrides=[*overrides, *compiles])
     return _run_peer(system, contest, ranks=ranks)
 
 

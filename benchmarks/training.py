@@ -1,4 +1,4 @@
-"""Training speed and memory of mmit beside four other ways to train the same model, on this machine's CPU.
+"""Training speed and memory of mmit, and of four other ways to train the same model, on this machine's CPU.
 
     python benchmarks/training.py                       about 15 minutes, as many rounds as fit
     python benchmarks/training.py --rounds 3 --steps 2 --write-docs
@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 from contest import Contest, Run, prepare
 from report import CPU, Result, chart, heading, machine, markdown, read, replace_section, summary, write
 from schedule import PREPARING, Cell, choose_steps, measure_speed, round_seconds
-from systems import BASE, OURS, PEERS, TITLES, check_same_work, run
+from systems import BASE, OURS, PEERS, TITLES, check_same_work, here, run
 from world import ROWS_PER_STEP, SIZES, World, make_parts
 
 MOST_ROUNDS = 5
@@ -180,7 +180,7 @@ def _options() -> argparse.Namespace:
         help="1 (connector), 2 (connector and LLM)",
     )
     add("--ranks", type=partial(numbers, of=range(1, ROWS_PER_STEP + 1)), default=[1, 2], help="of 1, 2")
-    add("--systems", type=partial(names, of=list(TITLES)), default=list(TITLES), help=f"of {', '.join(TITLES)}")
+    add("--systems", type=partial(names, of=list(TITLES)), default=here(), help=f"of {', '.join(TITLES)}")
     add("--minutes", type=float, default=15.0, help="choose steps and rounds so that this is enough (default 15)")
     add("--rounds", type=int, help="runs of each system, however long they take")
     add("--steps", type=int, help="timed optimizer steps of 16 samples (else chosen)")
