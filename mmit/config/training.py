@@ -167,9 +167,10 @@ class Stage(Section):
     kernels: Literal["auto", "torch", "liger"] = "auto"
     """What norms, gated feed-forward parts and rotary positions of the language model run with: ``auto`` takes Liger's
     kernels (the extra ``gpu``) on GPUs where they know the model and give its states, else torch's."""
-    activation_checkpointing: bool | Annotated[int, Field(ge=1, le=MANY)] = False
+    activation_checkpointing: bool | Literal["auto"] | Annotated[int, Field(ge=1, le=MANY)] = False
     """Recompute activations in the backward pass: less memory, 20 to 25 percent more time. A number k recomputes every
-    k-th layer of the language model only, which costs and spares the k-th part."""
+    k-th layer of the language model only, which costs and spares the k-th part. ``auto`` recomputes no more than the
+    memory of a rank asks for: nothing, every fourth, every second, or every layer."""
     compile: bool = False
     """Let torch compile the layers of the language model but the last (ZeRO 0 to 2): the first step takes longer, the
     others less. Same numbers up to rounding."""
@@ -179,6 +180,12 @@ class Stage(Section):
     """Measure the loss on held-out samples while training."""
     spike: Spike | None = None
     """What to do with a step whose loss jumps; without it nothing is judged."""
+
+    @property
+    def recompute(self) -> int:
+        """Which layers recompute their activations, once it is chosen: none (0), all (1), every k-th (k)."""
+        assert self.activation_checkpointing != "auto", "mmit.train.zero_choice puts a number in its place"
+        return int(self.activation_checkpointing)
 
     @field_validator("train")
     @classmethod

@@ -83,6 +83,10 @@ class LastLayer:
         return everywhere.index_copy(0, at.places, output[0]).view(at.rows, at.length, -1)  # (B, T, D)
 
 
+class CannotRecompute(ConfigError):
+    """A language model does not recompute the layers that it was asked to."""
+
+
 def find_last_layer(language_model: PreTrainedModel, kept: Placement) -> LastLayer:
     """The submodules of the last layer that may run at labelled positions only; none where nothing can be shown.
 
@@ -98,12 +102,12 @@ def recompute_layers(language_model: PreTrainedModel, last: LastLayer, *, every:
     """Let every ``every``-th layer, and the first, recompute its activations backwards. Raises ConfigError."""
     name = type(language_model).__name__
     if not language_model.supports_gradient_checkpointing:
-        raise ConfigError(f"activation_checkpointing: {name} does not support it; set it to false")
+        raise CannotRecompute(f"activation_checkpointing: {name} does not support it; set it to false")
     how = {"use_reentrant": False, "context_fn": last.recomputing}
     language_model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
     layers = layers_of(language_model)
     if every > 1 and not (layers and all(isinstance(layer, GradientCheckpointingLayer) for layer in layers)):
-        raise ConfigError(f"activation_checkpointing: {name} recomputes all of its layers or none; set it to true")
+        raise CannotRecompute(f"activation_checkpointing: {name} recomputes all of its layers or none; set it to true")
     for number, layer in enumerate(layers):
         if number % every:
             layer.__dict__["gradient_checkpointing"] = False

@@ -93,7 +93,7 @@ def _stage(sets: Sets, samples: int, apart: int, chosen: Defaults) -> dict[str, 
         "epochs": chosen.epochs,
         "optim": {"schedule": "cosine", "warmup_fraction": chosen.warmup_fraction},
         "save": {"every_steps": every, "keep_best": True},
-        "activation_checkpointing": True,
+        "activation_checkpointing": "auto",
     }
     if not apart and not sets.held_out:
         del stage["evaluate"], stage["save"]["keep_best"]

@@ -80,9 +80,15 @@ def plan_lines(plan: StagePlan) -> Iterator[str]:
     if plan.machine.memory:
         yield (
             f"tokens: as many at a time as fit {_gib(plan.machine.memory)} GiB; the run file has {plan.tokens:,}. "
-            f"*: the first way that fits. zero.stage: auto takes ZeRO-{plan.auto.way.zero_stage}, with recomputation "
-            "and offloading as in the run file"
+            f"*: the first way that fits. zero.stage: auto takes ZeRO-{plan.auto.way.zero_stage}, with {_kept(plan)}"
         )
+
+
+def _kept(plan: StagePlan) -> str:
+    if plan.stage.activation_checkpointing != "auto":
+        return "recomputation and offloading as in the run file"
+    told = {0: "none", 1: "every layer"}.get(plan.auto.way.recompute, f"1 layer of {plan.auto.way.recompute}")
+    return f"offloading as in the run file; activation_checkpointing: auto recomputes {told}"
 
 
 def reached(plan: StagePlan) -> float:

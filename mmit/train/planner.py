@@ -6,7 +6,7 @@ and what DeepSpeed adds is counted (``zero_memory``). ``mmit plan`` prints it, a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +17,7 @@ from mmit.models import LoadedModel, begin_adapter, build_model
 from mmit.models.absent import AbsentTower
 from mmit.models.activations import ActivationPeak, RowLoad, activation_peak, likely_last_layer, worst_batch
 from mmit.models.four_bits import packed_sizes
+from mmit.models.last_layer import CannotRecompute
 from mmit.models.placement import SHAPES, placed
 from mmit.train.deepspeed_settings import accumulation, deepspeed_config
 from mmit.train.run_check import check_run, refuse_mistakes
@@ -104,14 +105,18 @@ class StagePlan:
 
     @property
     def auto(self) -> Choice:
-        """What ``zero.stage: auto`` means: the first of the stage's own ways that fits, else the one that needs least.
+        """What ``zero.stage: auto`` means, or would mean where the run file says a number.
 
-        So what ``best`` is where it keeps the stage's recomputation and offloading.
+        So what ``best`` is where it keeps what the stage says of recomputation and offloading.
         """
-        own = own_ways(self.stage, ranks=self.machine.ranks)
-        among = [choice for choice in self.choices if choice.way in own]
-        fits = next((choice for choice in among if choice.bytes <= self.machine.memory), None)
-        return fits or min(among, key=lambda choice: choice.bytes)
+        zero = self.stage.zero.model_copy(update={"stage": "auto"})
+        return self.first(own_ways(self.stage.model_copy(update={"zero": zero}), ranks=self.machine.ranks))
+
+    def first(self, among: Sequence[Way]) -> Choice:
+        """The first of these ways that fits, else the one that needs least."""
+        planned = [choice for choice in self.choices if choice.way in among]
+        fits = next((choice for choice in planned if choice.bytes <= self.machine.memory), None)
+        return fits or min(planned, key=lambda choice: choice.bytes)
 
 
 def plan_run(config: RunConfig, stages: list[str], machine: Machine) -> Iterator[StagePlan]:
@@ -128,14 +133,20 @@ def plan_of(config: RunConfig, name: str, machine: Machine) -> StagePlan:
     return _plan(config, name, machine, ways(config.stages[name]), dtype=dtype, lengths=True)
 
 
-def plan_at_start(config: RunConfig, name: str, machine: Machine, *, dtype: torch.dtype) -> StagePlan:
-    """The same plan of the stage's own ways alone, without the tokens that would fit."""
-    own = own_ways(config.stages[name], ranks=machine.ranks)
-    return _plan(config, name, machine, own, dtype=dtype, lengths=False)
+def choose(config: RunConfig, name: str, machine: Machine, own: Sequence[Way], *, dtype: torch.dtype) -> Choice:
+    """The first of a stage's own ways that fits, by the same plan; else the one that needs least.
+
+    own: the cheapest first; where one that recomputes as little fits, no other is planned.
+    """
+    alike = [way for way in own if way.recompute == own[0].recompute]
+    choice = _plan(config, name, machine, alike, dtype=dtype, lengths=False).first(own)
+    if len(alike) == len(own) or choice.bytes <= machine.memory:
+        return choice
+    return _plan(config, name, machine, own, dtype=dtype, lengths=False).first(own)
 
 
 def _plan(
-    config: RunConfig, name: str, machine: Machine, tried: tuple[Way, ...], *, dtype: torch.dtype, lengths: bool
+    config: RunConfig, name: str, machine: Machine, tried: Sequence[Way], *, dtype: torch.dtype, lengths: bool
 ) -> StagePlan:
     stage = config.stages[name]
     if machine.ranks % stage.parallel.sequence:
@@ -156,11 +167,12 @@ def _plan(
         unpacked = max((loaded.model.get_parameter(weight).nbytes for weight in packed), default=0)
         spans: dict[int, _Span] = {}
         line = lengths and machine.memory > 0
-        own = int(stage.activation_checkpointing)
         for again in sorted({way.recompute for way in tried}, key=lambda every: 1 / every if every else 0):
-            if again != own and again and not loaded.model.language_model.supports_gradient_checkpointing:
-                continue
-            spans[again] = _Span.measured(loaded, work.row, stage, again=again, unpacked=unpacked, line=line)
+            try:
+                spans[again] = _Span.measured(loaded, work.row, stage, again=again, unpacked=unpacked, line=line)
+            except CannotRecompute:
+                if again == stage.activation_checkpointing:
+                    raise
     plan = StagePlan(
         name=name,
         stage=stage,

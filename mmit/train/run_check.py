@@ -150,8 +150,8 @@ def _check_stage(config: RunConfig, name: str, loaded: LoadedModel, report: RunR
             f"stages.{name}.batch.length: a sample may be as long as {stage.batch.length} tokens, the language model "
             f"was made for {positions}"
         )
-    if stage.activation_checkpointing:
-        report.attempt(lambda: model.enable_activation_checkpointing(every=int(stage.activation_checkpointing)))
+    if stage.activation_checkpointing != "auto" and stage.recompute:
+        report.attempt(lambda: model.enable_activation_checkpointing(every=stage.recompute))
     if stage.compile:
         attention = model.attention if stage.attention == "auto" else stage.attention
         if reason := why_not_compiled(model.language_model, attention=attention):

@@ -124,13 +124,13 @@ class _Ready:
 def _train(config: RunConfig, name: str, *, stop: StopRequest, fresh: bool) -> Path:
     from mmit.train import checkpoint, nvme
     from mmit.train.engine import resolve_precision
-    from mmit.train.zero_choice import with_zero_stage
+    from mmit.train.zero_choice import with_way
 
     folder, zero = config.stage_folder(name), nvme.zero_of(config, name)
     checkpoint.collectively(lambda: nvme.prepare(zero, where=f"stages.{name}.zero"), what=folder)
     held = checkpoint.collectively(lambda: open_folder(folder, fresh=fresh) if rank() == 0 else None, what=folder)
     try:
-        config = with_zero_stage(config, name, dtype=resolve_precision(config.precision))
+        config = with_way(config, name, dtype=resolve_precision(config.precision))
         with pinning(revisions_before(config, name)) as revisions:
             ready = _make_ready(config, name, revisions, stop=stop)
         if rank() == 0:

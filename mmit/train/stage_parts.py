@@ -68,8 +68,8 @@ def make_engine(config: RunConfig, name: str, loaded: LoadedModel, *, dtype: tor
 
     stage, model = config.stages[name], loaded.model
     groups = model.train_only(stage.train)
-    if stage.activation_checkpointing:
-        model.enable_activation_checkpointing(every=int(stage.activation_checkpointing))
+    if stage.recompute:
+        model.enable_activation_checkpointing(every=stage.recompute)
     logger.info("%s", table(model, groups))
     model.to(device())
     if device().type == "cpu":

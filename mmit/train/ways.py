@@ -17,6 +17,9 @@ from mmit.train.deepspeed_settings import deepspeed_config
 OFFLOADS = ("none", "optimizer", "all")
 """What may lie in the host's memory; ``all`` is the parameters too."""
 
+RECOMPUTED = (0, 4, 2, 1)
+"""What ``activation_checkpointing: auto`` tries: the least first."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
@@ -79,17 +82,20 @@ def ways(stage: Stage) -> tuple[Way, ...]:
 
 
 def own_ways(stage: Stage, *, ranks: int) -> tuple[Way, ...]:
-    """What ``zero.stage: auto`` may mean: the stage's own recomputation and offloading, less partitioned first.
+    """What ``auto`` may mean, the cheapest first: the stage's own offloading, and what it says of the rest.
 
     Raises ConfigError where no ZeRO stage has both what is offloaded and what else the stage asks for.
     """
-    own = [way for way in _own(stage) if _is_allowed(stage, way)]
+    said = stage.zero.stage
+    own = [way for way in _own(stage) if said in ("auto", way.zero_stage) and _is_allowed(stage, way)]
+    own.sort(key=lambda way: way.cost)
     if not own:
         raise ConfigError(
             f"zero: what it offloads needs stage {least_stage(stage.zero)}, which cannot hold what the stage trains "
             "(weights in four bits, or compiled layers); offload less"
         )
-    return tuple(way for way in own if is_worth_it(way, ranks=ranks)) or tuple(own[:1])
+    worth_it = tuple(way for way in own if is_worth_it(way, ranks=ranks))
+    return worth_it or tuple(way for way in own if way.zero_stage == own[0].zero_stage)
 
 
 def is_worth_it(way: Way, *, ranks: int) -> bool:
@@ -115,10 +121,16 @@ def _offload(zero: Zero) -> str:
 
 def _own(stage: Stage) -> list[Way]:
     """With the recomputation and the offloading of the stage, which count a disk as the host's memory."""
-    offload, recompute = _offload(stage.zero), int(stage.activation_checkpointing)
     return [
-        Way(zero_stage=number, offload=offload, recompute=recompute) for number in range(least_stage(stage.zero), 4)
+        Way(zero_stage=number, offload=_offload(stage.zero), recompute=recompute)
+        for recompute in own_recomputation(stage)
+        for number in range(least_stage(stage.zero), 4)
     ]
+
+
+def own_recomputation(stage: Stage) -> tuple[int, ...]:
+    """What the run file says of recomputing activations, or what its ``auto`` may mean."""
+    return RECOMPUTED if stage.activation_checkpointing == "auto" else (stage.recompute,)
 
 
 def _is_allowed(stage: Stage, way: Way) -> bool:

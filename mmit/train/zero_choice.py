@@ -1,7 +1,8 @@
-"""``zero.stage: auto``: what is partitioned over the ranks of a run, by the same plan that ``mmit plan`` prints.
+"""``zero.stage: auto`` and ``activation_checkpointing: auto``, by the same plan that ``mmit plan`` prints.
 
-Each stage costs more messages and copies than the one before, so the first that fits into the memory of a rank is
-taken (see ``ways`` and ``planner``). Rank 0 decides, and a run that is continued keeps what was decided.
+Each ZeRO stage costs more messages and copies than the one before, and recomputing more time than that, so the first
+way that fits into the memory of a rank is taken (see ``ways`` and ``planner``). Rank 0 decides. A run that is continued
+keeps its ZeRO stage.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from mmit.errors import ConfigError
 from mmit.models.activations import NotOnShapes
 from mmit.train import checkpoint
 from mmit.train.environment import total_memory
-from mmit.train.planner import FIXED, Machine, plan_at_start
+from mmit.train.planner import FIXED, Machine, choose
 from mmit.train.stage_folder import newest
-from mmit.train.ways import own_ways
+from mmit.train.ways import Way, own_ways
 
 FIXED_ON_CPU = 2**29
 """Bytes of a process on a CPU that no tensor holds: Python, torch and the libraries."""
@@ -30,43 +31,57 @@ PARTITIONED = 3
 """The stage that partitions weights too; taken without a plan only where no other can be."""
 
 
-def with_zero_stage(config: RunConfig, name: str, *, dtype: torch.dtype) -> RunConfig:
-    """The run file with a number in the place of the stage's ``auto``; collective. Raises MmitError subclasses."""
+def with_way(config: RunConfig, name: str, *, dtype: torch.dtype) -> RunConfig:
+    """The run file with numbers in the place of the stage's ``auto``; collective. Raises MmitError subclasses."""
     stage = config.stages[name]
-    if stage.zero.stage != "auto":
+    if "auto" not in (stage.zero.stage, stage.activation_checkpointing):
         return config
     memory = min(gathered(_memory()))
     folder = config.stage_folder(name)
-    decided = checkpoint.collectively(
-        lambda: decide(config, name, dtype=dtype, memory=memory, ranks=world_size()) if rank() == 0 else None,
-        what=folder,
-    )
-    number, reason = next(found for found in gathered(decided) if found is not None)
-    logger.info("stages.%s.zero.stage: auto is %d (%s)", name, number, reason)
-    zero = stage.zero.model_copy(update={"stage": number})
-    return config.model_copy(update={"stages": {**config.stages, name: stage.model_copy(update={"zero": zero})}})
+
+    def decided() -> tuple[int, int, str] | None:
+        if rank():
+            return None
+        way, reason = decide(config, name, dtype=dtype, memory=memory, ranks=world_size())
+        return way.zero_stage, way.recompute, reason
+
+    everywhere = gathered(checkpoint.collectively(decided, what=folder))
+    number, recompute, reason = next(found for found in everywhere if found is not None)
+    if stage.zero.stage == "auto":
+        logger.info("stages.%s.zero.stage: auto is %d (%s)", name, number, reason)
+    if stage.activation_checkpointing == "auto":
+        told = recompute if recompute > 1 else str(bool(recompute)).lower()
+        logger.info("stages.%s.activation_checkpointing: auto is %s (%s)", name, told, reason)
+    changed = {
+        "zero": stage.zero.model_copy(update={"stage": number}),
+        "activation_checkpointing": recompute if recompute > 1 else bool(recompute),
+    }
+    return config.model_copy(update={"stages": {**config.stages, name: stage.model_copy(update=changed)}})
 
 
-def decide(config: RunConfig, name: str, *, dtype: torch.dtype, memory: int, ranks: int) -> tuple[int, str]:
-    """The ZeRO stage of a run on ``ranks`` with so many bytes of memory each, and the reason."""
+def decide(config: RunConfig, name: str, *, dtype: torch.dtype, memory: int, ranks: int) -> tuple[Way, str]:
+    """The way of a run on ``ranks`` with so many bytes of memory each, and the reason."""
+    stage = config.stages[name]
     try:
-        own, any_rank = (own_ways(config.stages[name], ranks=number) for number in (ranks, 2))
+        own, any_rank = (own_ways(stage, ranks=number) for number in (ranks, 2))
     except ConfigError as error:
         raise ConfigError(f"stages.{name}.{error}") from None
-    before = _stored(config.stage_folder(name), ranks=ranks)
-    if before is not None and before[0] in {way.zero_stage for way in any_rank}:
-        return before
+    before = _stored(config.stage_folder(name), ranks=ranks) if stage.zero.stage == "auto" else None
+    kept = [way for way in any_rank if before is not None and way.zero_stage == before[0]]
+    own = kept or list(own)
     if len(own) == 1:
-        return own[0].zero_stage, "one rank shares nothing out" if ranks == 1 else "no other can be taken"
+        only = "one rank shares nothing out" if ranks == 1 else "no other can be taken"
+        return own[0], before[1] if kept and before is not None else only
     fixed = FIXED_ON_CPU if get_accelerator().device_name() == "cpu" else FIXED
     machine = Machine(ranks=ranks, memory=memory, rate=0, fixed=fixed)
     try:
-        choice = plan_at_start(config, name, machine, dtype=dtype).auto
+        choice = choose(config, name, machine, own, dtype=dtype)
     except NotOnShapes as error:
-        unplanned = max((way.zero_stage for way in own if way.zero_stage < PARTITIONED), default=own[0].zero_stage)
-        return unplanned, f"unplanned: {error}; set stages.{name}.zero.stage where that is not right"
+        alike = [way for way in own if way.recompute == own[0].recompute]
+        unplanned = [way for way in alike if way.zero_stage < PARTITIONED] or alike[:1]
+        return unplanned[-1], f"unplanned: {error}; set stages.{name}.zero.stage where that is not right"
     fits = "the first that fits" if choice.bytes <= memory else "none fits, and it needs least:"
-    return choice.way.zero_stage, f"{fits} {_gib(memory)} GiB: about {_gib(choice.bytes)} on each of {ranks} ranks"
+    return choice.way, f"{fits} {_gib(memory)} GiB: about {_gib(choice.bytes)} on each of {ranks} ranks"
 
 
 def _stored(folder: Path, *, ranks: int) -> tuple[int, str] | None:

@@ -12,13 +12,15 @@ import torch
 import yaml
 from family_factories import family_section, write_family
 from model_factories import tiny_model_section, tiny_open_clip
+from transformers import LlamaForCausalLM
 
 from mmit.config import RunConfig, Stage, load_config
 from mmit.errors import ConfigError
 from mmit.models import VisionLanguageModel
+from mmit.train import zero_choice
 from mmit.train.planner import Machine, StagePlan, plan_of
 from mmit.train.ways import Way, own_ways, ways
-from mmit.train.zero_choice import FIXED_ON_CPU, decide
+from mmit.train.zero_choice import FIXED_ON_CPU, decide, with_way
 
 SMALL = {
     "reduce_bucket_size": 1000,
@@ -69,8 +71,8 @@ def test_auto_takes_what_the_plan_recommends_first(section: dict[str, Any], tmp_
     for number in seen:  # and the rank that starts a run, with the memory that this way just needs, comes to the same
         memory = needs[Way(zero_stage=number)]
         found, why = decide(config, "s", dtype=torch.float32, memory=memory, ranks=4)
-        assert found == number, why
-    assert decide(config, "s", dtype=torch.float32, memory=1, ranks=1)[0] == 0
+        assert found == Way(zero_stage=number), why
+    assert decide(config, "s", dtype=torch.float32, memory=1, ranks=1)[0] == Way(zero_stage=0)
 
 
 def test_a_run_that_goes_on_keeps_its_stage_unless_other_ranks_continue_it(
@@ -83,11 +85,36 @@ def test_a_run_that_goes_on_keeps_its_stage_unless_other_ranks_continue_it(
     (newest / "state.json").write_text(json.dumps({"version": 2, "world": 2, "zero_stage": 2}))
 
     def decided(ranks: int) -> int:
-        return decide(config, "s", dtype=torch.float32, memory=2**40, ranks=ranks)[0]
+        return decide(config, "s", dtype=torch.float32, memory=2**40, ranks=ranks)[0].zero_stage
 
     assert (decided(2), decided(4), decided(1)) == (2, 0, 0)
     (newest / "state.json").write_text("{")
     assert decided(2) == 0
+
+
+def test_no_more_is_recomputed_than_memory_asks_for(
+    section: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = config_of(section, tmp_path, activation_checkpointing="auto", zero={"stage": 0})
+    plan = plan_of(config, "s", Machine(ranks=1, memory=0, rate=0.0, fixed=FIXED_ON_CPU))
+    needs = {choice.way.recompute: choice.bytes for choice in plan.choices if choice.way.zero_stage == 0}
+    # two layers: every fourth and every second are both the first of the two
+    assert needs[0] > needs[4] == needs[2] > needs[1]
+
+    def recomputed(memory: int) -> int:
+        return decide(config, "s", dtype=torch.float32, memory=memory, ranks=1)[0].recompute
+
+    assert [recomputed(needs[0] - less) for less in (0, 1)] == [0, 4]
+    assert [recomputed(needs[4] - less) for less in (0, 1)] == [4, 1]
+    assert recomputed(1) == 1  # nothing fits: the least
+    with caplog.at_level("INFO", logger="mmit"):
+        for memory, chosen in ((needs[0], False), (needs[4], 4), (1, True)):
+            monkeypatch.setattr(zero_choice, "_memory", lambda memory=memory: memory)
+            stage = with_way(config, "s", dtype=torch.float32).stages["s"]
+            assert (stage.activation_checkpointing, stage.zero.stage) == (chosen, 0)
+    assert "stages.s.activation_checkpointing: auto is 4 (the first that fits" in caplog.text
+    monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    assert recomputed(1) == 0  # and what the model cannot do is not chosen
 
 
 def stage_of(**changes: Any) -> Stage:
@@ -113,6 +140,9 @@ def test_only_what_the_stage_allows_is_tried_and_less_partitioned_first() -> Non
     assert numbers(**four_bits) == numbers(compile=True) == [0, 1, 2]
     with pytest.raises(ConfigError, match="zero: what it offloads needs stage 3, which cannot hold"):
         numbers(**four_bits, zero={"offload_parameters": "cpu"})
+    assert numbers(zero={"stage": 1}) == [1]
+    both = own_ways(stage_of(activation_checkpointing="auto"), ranks=2)
+    assert [(way.recompute, way.zero_stage) for way in both] == [(k, z) for k in (0, 4, 2, 1) for z in range(4)]
     listed = ways(stage_of(activation_checkpointing=3))
     assert listed.index(Way(zero_stage=3)) + 1 == listed.index(Way(zero_stage=0, recompute=3))
     assert listed.index(Way(zero_stage=3, recompute=3)) + 1 == listed.index(Way(zero_stage=0, recompute=1))
@@ -127,7 +157,7 @@ def test_a_plan_is_made_of_models_whose_masks_are_made_by_transformers(name: str
     write_family(name, tmp_path)
     model = family_section(name, tmp_path).model_dump(mode="json", exclude_unset=True)
     found, why = decide(config_of(model, tmp_path), "s", dtype=torch.float32, memory=2**40, ranks=2)
-    assert found == 0
+    assert found == Way(zero_stage=0)
     assert why.startswith("the first that fits")
 
 
@@ -144,6 +174,6 @@ def test_a_model_that_needs_values_is_trained_unplanned_and_the_log_says_why(
 
     monkeypatch.setattr(VisionLanguageModel, "forward", forward)
     found, why = decide(config_of(section, tmp_path), "s", dtype=torch.float32, memory=2**40, ranks=2)
-    assert found == 2
+    assert found == Way(zero_stage=2)
     assert "does not run on shapes alone" in why
     assert "stages.s.zero.stage" in why
