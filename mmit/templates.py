@@ -51,7 +51,6 @@ _BUILT_IN: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 BUILT_IN_TEMPLATES = tuple(_BUILT_IN)
 """Names that ``ChatTemplate.load`` knows beside ``own`` and paths of Jinja files."""
-
 _NAMES = ", ".join(BUILT_IN_TEMPLATES)
 
 
