@@ -39,7 +39,7 @@ PEERS = {
 }
 OURS = "mmit"
 COMPILED = "compiled"
-"""mmit with ``compile: true``, which takes a C++ compiler; compiling falls into the steps before the timed ones."""
+"""mmit with ``compile: true``, which takes a C++ compiler; some of the compiling falls into the timed steps."""
 BASE = "trainer"
 """The system that ratios are taken to."""
 TITLES = {OURS: "mmit", COMPILED: "mmit, compiled"} | {name: peer.title for name, peer in PEERS.items()}
