@@ -17,8 +17,8 @@ class Allocations:
 
     On the CPU the profiler tells each piece that the allocator hands out and takes back, those inside of kernels too;
     what was there before, mapped files, and libraries' own memory are not in it, nor are the copies that gloo makes of
-    what it sends and holds until its threads have other work: NCCL asks the allocator for none. On a GPU the allocator
-    keeps the number itself; what was there before is in it.
+    what it sends and holds until its threads have other work. On a GPU the allocator keeps the number itself; what was
+    there before is in it.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -3,7 +3,7 @@
 glibc keeps the holes that freed tensors leave, and raises by itself the size from which a block is given back to the
 system: a rank that hands out a model tensor by tensor would hold 1.4 to 1.8 times the model instead of 0.8. A training
 step on the CPU has the opposite need: it asks for the same blocks again and again, and what was given back is faulted
-in page by page (2.5 % of a step of 10 s with 80 million parameters).
+in page by page (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def keep_freed_memory() -> None:
     """Freed blocks stay with the process for its next step; nothing changes where the library is not glibc."""
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):
-        library.mallopt(_M_MMAP_THRESHOLD, _ALL) or library.mallopt(_M_MMAP_THRESHOLD, _USUAL)
+        if not library.mallopt(_M_MMAP_THRESHOLD, _ALL):  # an older glibc may refuse so much
+            library.mallopt(_M_MMAP_THRESHOLD, _USUAL)
         library.mallopt(_M_TRIM_THRESHOLD, _ALL)
 
 

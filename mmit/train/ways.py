@@ -123,12 +123,12 @@ def _own(stage: Stage) -> list[Way]:
     """With the recomputation and the offloading of the stage, which count a disk as the host's memory."""
     return [
         Way(zero_stage=number, offload=_offload(stage.zero), recompute=recompute)
-        for recompute in own_recomputation(stage)
+        for recompute in _own_recomputation(stage)
         for number in range(least_stage(stage.zero), 4)
     ]
 
 
-def own_recomputation(stage: Stage) -> tuple[int, ...]:
+def _own_recomputation(stage: Stage) -> tuple[int, ...]:
     """What the run file says of recomputing activations, or what its ``auto`` may mean."""
     return RECOMPUTED if stage.activation_checkpointing == "auto" else (stage.recompute,)
 
