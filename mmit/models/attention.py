@@ -3,7 +3,8 @@
 A row holds whole samples one after the other; ``position_ids`` restart at 0 with each. The boundaries travel through
 the language model in the place of the attention mask, as an integer tensor of four dimensions, which transformers
 hands on untouched (``masking_utils``: a mask of four dimensions is returned as it is). Attention then runs once for
-each sample. Registered under ``mmit_packed``; calls without boundaries (generation) are transformers' own sdpa.
+each sample, by torch's kernels or in blocks on CPUs. Registered under ``mmit_packed``; calls without boundaries
+(generation) are transformers' own sdpa.
 
 The vision tower is not touched: the name is set on the language model only.
 """
@@ -20,6 +21,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from mmit.models.blocked_attention import blocked_attention, serves
 
 PACKED = "mmit_packed"
 """Name of the attention in transformers' registry."""
@@ -62,6 +65,8 @@ def packed_attention(  # noqa: PLR0917 - transformers' signature
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **others
         )
+    if serves(query, dropout):
+        return blocked_attention(query, key, value, attention_mask[0, 0].tolist(), scaling), None
     samples: list[list[tuple[int, int, int]]] = [[] for _ in range(query.shape[0])]
     for row, *place in attention_mask[0, 0].tolist():
         samples[row].append(tuple(place))
