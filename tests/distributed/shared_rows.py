@@ -1,10 +1,12 @@
-"""Run on two ranks: rows that both share, in attention alone and in whole stages.
+"""Run on two ranks: rows that both share, in attention alone and in whole stages; and a stage short of memory.
 
 Prints the largest differences of attention and its gradients for several numbers of key heads; and the lines of
-metrics and of held-out losses of a stage on rows of one rank, on shared rows, and of its continuation.
+metrics and of held-out losses of a stage on rows of one rank, on shared rows, and of its continuation; and what a stage
+with ``activation_checkpointing: auto`` does and says where no way fits into the memory of a rank.
 """
 
 import json
+import logging
 import shutil
 import sys
 import warnings
@@ -22,6 +24,8 @@ from mmit.distributed import rank  # noqa: E402
 from mmit.errors import MmitError  # noqa: E402
 from mmit.models.attention import boundaries, packed_attention  # noqa: E402
 from mmit.models.shared_rows import RowGroup, shared_attention  # noqa: E402
+from mmit.models.vlm import VisionLanguageModel  # noqa: E402
+from mmit.train import zero_choice  # noqa: E402
 from mmit.train.engine import init_process_group  # noqa: E402
 from mmit.train.stage import train_stage  # noqa: E402
 
@@ -49,8 +53,8 @@ def attention_difference(key_heads: int) -> float:
     return max(float((one - other).detach().abs().max()) for one, other in pairs)
 
 
-def stage(run_file: Path, output: str, sequence: int) -> dict[str, Any]:
-    """The lines of four steps in the stage ``instruct``, trained from the parts."""
+def stage(run_file: Path, output: str, sequence: int, **more: Any) -> dict[str, Any]:
+    """The lines of four steps in the stage ``instruct``, trained from the parts; more: keys of the stage."""
     mix = [{"shards": str(run_file.parent / "shards"), "subset": "first 80%"}]
     held = [{"shards": str(run_file.parent / "shards"), "subset": "last 20%"}]
     changes = {
@@ -62,6 +66,7 @@ def stage(run_file: Path, output: str, sequence: int) -> dict[str, Any]:
         "evaluate": {"mix": held, "every_steps": 4},
         "parallel": {"sequence": sequence},
         "zero": {"stage": 2},
+        **more,
     }
     words = [f"stages.instruct.{key}={json.dumps(value)}" for key, value in changes.items()]
     config = load_config(run_file, [f"output={run_file.parent / output}", *words])
@@ -74,6 +79,25 @@ def stage(run_file: Path, output: str, sequence: int) -> dict[str, Any]:
 FILES = ("metrics.jsonl", "evaluation.jsonl")
 
 
+def short_of_memory(run_file: Path) -> dict[str, Any]:
+    """A stage on ranks with a byte of memory each: its lines, what it said, and which layers it recomputes."""
+    said, told = list[str](), list[int]()
+
+    def note(model: VisionLanguageModel, every: int) -> None:
+        if not next(model.parameters()).is_meta:  # a plan tries all ways, on shapes
+            told.append(every)
+        recompute(model, every)
+
+    logging.getLogger("mmit").addFilter(lambda record: said.append(record.getMessage()) is None)
+    recompute = VisionLanguageModel.enable_activation_checkpointing
+    with (
+        patch.object(zero_choice, "_memory", lambda: 1),
+        patch.object(VisionLanguageModel, "enable_activation_checkpointing", note),
+    ):
+        lines = stage(run_file, "short", 1, activation_checkpointing="auto")
+    return lines | {"said": said, "every": told}
+
+
 def main(run_file: str) -> None:
     torch.set_num_threads(1)
     path = Path(run_file)
@@ -83,6 +107,7 @@ def main(run_file: str) -> None:
             shutil.rmtree(path.parent / "shared" / "instruct" / "model")
         torch.distributed.barrier()  # else the other rank may still find a finished stage
         result["continued"] = stage(path, "shared", 2)
+        result["short"] = short_of_memory(path)
         try:
             stage(path, "three", 3)
         except MmitError as error:

@@ -1,4 +1,7 @@
-"""Rows that two ranks share (parallel.sequence) are trained as by one rank; tests of whole steps: deepspeed_ways."""
+"""Rows that two ranks share (parallel.sequence), or whose layers are recomputed, are trained as the rows of one rank.
+
+Tests of single steps: deepspeed_ways.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -42,6 +45,15 @@ def test_the_held_out_loss_on_shared_rows_is_that_of_whole_rows(result: Any) -> 
 
 def test_a_stage_on_shared_rows_goes_on_from_its_checkpoint_with_the_same_bits(result: Any) -> None:
     assert result["continued"] == result["shared"]
+
+
+def test_a_stage_short_of_memory_recomputes_its_layers_says_why_and_trains_the_same(result: Any) -> None:
+    alone, short = result["alone"], result["short"]
+    assert short["every"] == [4]  # the first of two layers: what the other keeps has gone when that one runs again
+    [said] = [line for line in short["said"] if line.startswith("stages.instruct.activation_checkpointing: auto is")]
+    assert "auto is 4 (none fits, and it needs least: 9.31e-10 GiB: about " in said  # a byte
+    # a layer that runs again makes the same numbers
+    assert (short["steps"], short["held_out"]) == (alone["steps"], alone["held_out"])
 
 
 def test_ranks_that_cannot_be_dealt_to_rows_are_refused(result: Any) -> None:
