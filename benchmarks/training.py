@@ -1,7 +1,7 @@
 """Training speed and memory of mmit, and of four other ways to train the same model, on this machine's CPU.
 
     python benchmarks/training.py                       about 15 minutes, as many rounds as fit
-    python benchmarks/training.py --rounds 3 --steps 2 --write-docs
+    python benchmarks/training.py --rounds 3 --steps 6,2 --again mmit,trainer,grouped --write-docs
     python benchmarks/training.py --sizes tiny --stages 2 --ranks 1 --systems mmit,trainer --steps 4
 
 All train the same random model on the same samples in the same precision with the same optimizer, one thread per rank.
@@ -91,7 +91,8 @@ class Comparison:
         options, speed = self.options, measure_speed()
         made = PREPARING * len(options.sizes) * len(options.stages)
         if options.steps:
-            steps = {(cell.size, cell.stage): options.steps for cell in self.cells}
+            of_size = dict(zip(options.sizes, options.steps * len(options.sizes), strict=False))
+            steps = {(cell.size, cell.stage): of_size[cell.size] for cell in self.cells}
         else:
             room = (seconds - made) if options.rounds is None else float("inf")
             steps = choose_steps(speed, self.cells, options.systems, warmup=options.warmup, seconds=room)
@@ -99,18 +100,23 @@ class Comparison:
             self._took[cell] = round_seconds(speed, [cell], options.systems, steps, warmup=options.warmup)
         first = self._next(1, seconds - made)
         one = sum(self._took[cell] for cell in first)
-        rounds = options.rounds or max(1, min(MOST_ROUNDS, int((seconds - made) / one)))
+        another = round_seconds(speed, first, self._systems(2), steps, warmup=options.warmup)
+        rounds = options.rounds or max(1, min(MOST_ROUNDS, 1 + int((seconds - made - one) / another)))
         chosen = ", ".join(f"{size} stage {stage}: {number}" for (size, stage), number in steps.items())
         print(f"one thread multiplies matrices at {speed.flops / 1e9:.0f} GFLOP/s; a start takes {speed.start:.0f} s")
         print(f"timed steps of 16 samples: {chosen}")
         print(
             f"a round is {len(first) * len(options.systems)} runs in about {one / 60:.0f} minutes on idle cores; "
-            f"about {(made + rounds * one) / 60:.0f} minutes for {rounds} round{'s'[: rounds > 1]}",
+            f"about {(made + one + (rounds - 1) * another) / 60:.0f} minutes for {rounds} round{'s'[: rounds > 1]}",
             flush=True,
         )
         if left_out := [f"{c.size} stage {c.stage} on {c.ranks}" for c in self.cells if c not in first]:
             print(f"no time for {', '.join(left_out)}: --rounds 1 runs all, --minutes gives more", flush=True)
         return steps
+
+    def _systems(self, number: int) -> list[str]:
+        """The systems of a round."""
+        return self.options.systems if number == 1 else self.options.again or self.options.systems
 
     def _next(self, number: int, left: float) -> list[Cell]:
         """The cells of a round: all that were asked for, or those that fit into the seconds left, one at least."""
@@ -133,7 +139,7 @@ class Comparison:
         result, runs = self._of[cell], dict[str, Run]()
         result.rounds.append({})
         # each round begins with another system, so that none is always behind the same one
-        systems = self.options.systems
+        systems = self._systems(number)
         turn = (number - 1) % len(systems)
         for system in systems[turn:] + systems[:turn]:
             runs[system] = run(system, contest, ranks=cell.ranks, overrides=self.options.set)
@@ -183,7 +189,8 @@ def _options() -> argparse.Namespace:
     add("--systems", type=partial(names, of=list(TITLES)), default=here(), help=f"of {', '.join(TITLES)}")
     add("--minutes", type=float, default=15.0, help="choose steps and rounds so that this is enough (default 15)")
     add("--rounds", type=int, help="runs of each system, however long they take")
-    add("--steps", type=int, help="timed optimizer steps of 16 samples (else chosen)")
+    add("--again", type=partial(names, of=list(TITLES)), help="of those, which run in the rounds after the first")
+    add("--steps", type=_counts, help="timed optimizer steps of 16 samples, of all sizes or of each (else chosen)")
     add("--warmup", type=int, default=1, help="steps before them (default 1)")
     add("--out", type=Path, default=Path("bench_results"), help="folder for training.json, .md and .svg")
     add("--write-docs", action="store_true", help="also put tables and chart into docs/ and README.md")
@@ -191,12 +198,21 @@ def _options() -> argparse.Namespace:
     add("--folder", type=Path, help="keep models and data here; else they are made anew and removed")
     add("--set", action="append", default=[], metavar="a.b=c", help="a change to mmit's run file")
     options = parser.parse_args()
-    if {OURS, BASE} - set(options.systems):
-        parser.error(f"--systems: {OURS} and {BASE} are what ratios are taken between; keep both")
+    if {OURS, BASE} - set(options.systems) or {OURS, BASE} - set(options.again or options.systems):
+        parser.error(f"--systems, --again: {OURS} and {BASE} are what ratios are taken between; keep both")
+    if options.steps and len(options.steps) not in {1, len(options.sizes)}:
+        parser.error("--steps: give one number, or one for each of the sizes")
     if "trl" in options.systems and importlib.util.find_spec("trl") is None:
         others = ",".join(name for name in (OURS, *PEERS) if name != "trl")
         parser.error(f"TRL is not installed: pip install 'mmit[bench]', or leave it out with --systems {others}")
     return options
+
+
+def _counts(text: str) -> list[int]:
+    counts = [int(part) for part in text.split(",")]
+    if min(counts) < 1:
+        raise argparse.ArgumentTypeError("a step at least")
+    return counts
 
 
 def _some(text: str, *, parse: Callable[[str], T], of: Sequence[T]) -> list[T]:

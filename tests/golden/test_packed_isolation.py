@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from mmit.errors import ConfigError
+from mmit.models import attention
 from mmit.models.attention import FLASH, PACKED, attention_arguments, boundaries
 from mmit.models.attention_choice import choose_attention, packing_fault, set_attention, sliding_window
 
@@ -91,6 +92,13 @@ def worst(packed: Tensor, alone: list[Tensor]) -> float:
     return max(float((part - one).abs().max()) for part, one in zip(parts, alone, strict=True))
 
 
+@pytest.fixture(params=["blocks of queries", "torch's kernels"])
+def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``mmit_packed`` as fp32 on CPUs has it, and as everything else has it."""
+    monkeypatch.setattr(attention, "serves", lambda *_: request.param == "blocks of queries")
+
+
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_packed_rows_equal_separate_runs(family: str) -> None:
@@ -125,6 +133,7 @@ def test_transformers_defaults_let_packed_samples_see_each_other(implementation:
     assert worst(mask_of_ones, alone) > 0.1
 
 
+@pytest.mark.usefixtures("either_way")
 def test_gradients_of_a_packed_row_are_the_sum_of_the_separate_ones() -> None:
     model = qwen2().train()
     pieces = samples()

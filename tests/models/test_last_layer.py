@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from mmit.batch import IGNORE, Batch, Encoded, HostIds
-from mmit.models import LoadedModel, VisionLanguageModel
+from mmit.models import LoadedModel, VisionLanguageModel, attention
 from mmit.models.connectors import MlpProjector
 from mmit.models.needed import all_tokens, needed_tokens
 from mmit.models.shared_prefix import longest_shared, share_prefix
@@ -190,10 +190,12 @@ def test_a_shared_prefix_stands_in_front_and_every_token_and_label_keeps_its_sam
     assert share_prefix(needed_tokens(every), every, image_id=image).samples is None
 
 
+@pytest.mark.parametrize("blocks", [True, False])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox", "mixtral"])
 def test_a_prefix_of_several_samples_runs_once_and_loss_and_gradients_are_the_plain_ones(
-    build: Build, family: str
+    build: Build, monkeypatch: pytest.MonkeyPatch, family: str, *, blocks: bool
 ) -> None:
+    monkeypatch.setattr(attention, "serves", lambda *_: blocks)
     loaded = with_language_model(build(), FAMILIES[family][0])
     system = torch.arange(200, 206)
 
