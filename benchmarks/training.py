@@ -67,7 +67,10 @@ class Comparison:
         self.machine = machine()
         self.cells = [Cell(*names) for names in product(options.sizes, options.stages, options.ranks)]
         self.results: list[Result] = []
-        self._of: dict[Cell, Result] = {}
+        if options.add:
+            self.results, before, _ = read(options.out)
+            self.command = f"{before}` and `{self.command}"
+        self._of = {Cell(*(found.facts[key] for key in ("size", "stage", "ranks"))): found for found in self.results}
         self._contests: dict[tuple[str, int], Contest] = {}
         self._took: dict[Cell, float] = {}
 
@@ -133,10 +136,13 @@ class Comparison:
     def _run_cell(self, cell: Cell, number: int, steps: int) -> None:
         contest = self._contest(cell, steps)
         started = time.monotonic()
+        facts = {**contest.facts(), "ranks": cell.ranks}
         if cell not in self._of:
-            self._of[cell] = Result(facts={**contest.facts(), "ranks": cell.ranks})
+            self._of[cell] = Result(facts=facts)
             self.results.append(self._of[cell])
         result, runs = self._of[cell], dict[str, Run]()
+        if result.facts != facts:
+            raise SystemExit(f"--add: {result.name} was measured with other steps ({result.facts}, now {facts})")
         result.rounds.append({})
         # each round begins with another system, so that none is always behind the same one
         systems = self._systems(number)
@@ -194,12 +200,15 @@ def _options() -> argparse.Namespace:
     add("--warmup", type=int, default=1, help="steps before them (default 1)")
     add("--out", type=Path, default=Path("bench_results"), help="folder for training.json, .md and .svg")
     add("--write-docs", action="store_true", help="also put tables and chart into docs/ and README.md")
+    add("--add", action="store_true", help="go on with what --out holds: further rounds and other cells")
     add("--only-report", action="store_true", help="measure nothing; report what --out holds")
     add("--folder", type=Path, help="keep models and data here; else they are made anew and removed")
     add("--set", action="append", default=[], metavar="a.b=c", help="a change to mmit's run file")
     options = parser.parse_args()
     if {OURS, BASE} - set(options.systems) or {OURS, BASE} - set(options.again or options.systems):
         parser.error(f"--systems, --again: {OURS} and {BASE} are what ratios are taken between; keep both")
+    if options.add and not (options.out / "training.json").is_file():
+        parser.error(f"--add: {options.out} holds no training.json of an earlier call")
     if options.steps and len(options.steps) not in {1, len(options.sizes)}:
         parser.error("--steps: give one number, or one for each of the sizes")
     if "trl" in options.systems and importlib.util.find_spec("trl") is None:

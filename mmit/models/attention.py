@@ -65,11 +65,12 @@ def packed_attention(  # noqa: PLR0917 - transformers' signature
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **others
         )
-    if serves(query, dropout):
-        return blocked_attention(query, key, value, attention_mask[0, 0].tolist(), scaling), None
+    told: list[list[int]] = attention_mask[0, 0].tolist()
+    if serves(query, told, dropout):
+        return blocked_attention(query, key, value, told, scaling), None
     samples: list[list[tuple[int, int, int]]] = [[] for _ in range(query.shape[0])]
-    for row, *place in attention_mask[0, 0].tolist():
-        samples[row].append(tuple(place))
+    for row, start, end, shared in told:
+        samples[row].append((start, end, shared))
     attend = partial(
         scaled_dot_product_attention,
         dropout_p=dropout,

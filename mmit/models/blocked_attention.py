@@ -58,10 +58,17 @@ class Place:
         return self.shared + self.end - self.start <= KEPT * query.shape[-1]
 
 
-def serves(query: Tensor, dropout: float) -> bool:
-    """Whether rows are attended block by block; a meta tensor stands for one of the device that this process has."""
+WORTHWHILE = 100_000
+"""Scores of a sample (heads times tokens squared), on average, from which blocks are faster: each is some ten calls."""
+
+
+def serves(query: Tensor, samples: Sequence[Sequence[int]], dropout: float) -> bool:
+    """Whether a row is attended block by block; a meta tensor stands for one of the device that this process has."""
     on_cpu = query.is_cpu or (query.is_meta and not torch.accelerator.is_available())
-    return on_cpu and query.dtype == torch.float32 and not dropout
+    if not on_cpu or query.dtype != torch.float32 or dropout:
+        return False
+    scores = query.shape[1] * sum((shared + end - start) ** 2 for _, start, end, shared in samples)
+    return scores >= WORTHWHILE * len(samples)
 
 
 def blocked_attention(

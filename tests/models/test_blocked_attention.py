@@ -1,4 +1,4 @@
-"""Packed attention is torch's own attention of each sample alone, in numbers and in gradients: in blocks and by kernels.
+"""Packed attention, in blocks and by kernels, is torch's attention of each sample alone, in numbers and gradients.
 
 fp32 sums in another order: 1e-5 is some hundred times the rounding of numbers near 1; bf16 rounds those to 1/256. The
 gradients of a double are held against finite differences by ``gradcheck``.
@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from mmit.models import attention, blocked_attention
 from mmit.models.attention import boundaries, packed_attention
-from mmit.models.blocked_attention import BLOCK, KEPT, serves
+from mmit.models.blocked_attention import BLOCK, KEPT
 
 HEADS, KEY_HEADS, WIDTH = 4, 2, 8
 
@@ -59,7 +59,6 @@ def compare(samples: list[list[int]], *, rows: int = 1) -> None:
     expected = sample_by_sample(exact, samples)
     into = torch.randn(expected.shape)
     wanted = torch.autograd.grad(expected, exact, into)
-    assert serves(exact[0], 0.0)
     for blocks, dtype, allowed in ROUTES:
         states = [one.detach().to(dtype).requires_grad_() for one in exact]
         with patch.object(attention, "serves", lambda *_, blocks=blocks: blocks):
@@ -115,8 +114,10 @@ def test_gradients_are_those_of_finite_differences(monkeypatch: pytest.MonkeyPat
     assert torch.autograd.gradcheck(blocked, states, fast_mode=True)
 
 
-def test_nothing_of_one_sample_reaches_another() -> None:
+@pytest.mark.parametrize("worthwhile", [0, 10**9])
+def test_nothing_of_one_sample_reaches_another(monkeypatch: pytest.MonkeyPatch, worthwhile: int) -> None:
     """NaN in one sample: neither its neighbours' outputs nor their gradients have any."""
+    monkeypatch.setattr(blocked_attention, "WORTHWHILE", worthwhile)
     sound, samples = draw(120), in_a_row([40, 40, 40])
     poisoned = [states.detach().clone() for states in sound]
     for states in poisoned:
@@ -133,9 +134,21 @@ def test_nothing_of_one_sample_reaches_another() -> None:
         assert one.grad[:, :, others].equal(other.grad[:, :, others])
 
 
-@pytest.mark.parametrize(("dtype", "dropout"), [(torch.bfloat16, 0.0), (torch.float32, 0.1)])
-def test_other_dtypes_and_dropout_stay_with_torch(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, dropout: float
+LONG, SHORT = in_a_row([160, 160]), in_a_row([150, 160])
+"""4 x 160 x 160 scores are more than 100,000; with 150 tokens the mean is less."""
+
+
+@pytest.mark.parametrize(
+    ("samples", "dtype", "dropout", "blocks"),
+    [
+        (LONG, torch.float32, 0.0, True),
+        (SHORT, torch.float32, 0.0, False),
+        (LONG, torch.bfloat16, 0.0, False),
+        (LONG, torch.float32, 0.1, False),
+    ],
+)
+def test_what_blocks_do_not_serve_stays_with_torch(
+    monkeypatch: pytest.MonkeyPatch, samples: list[list[int]], dtype: torch.dtype, dropout: float, *, blocks: bool
 ) -> None:
     called = list[tuple[torch.dtype, float]]()
 
@@ -144,17 +157,18 @@ def test_other_dtypes_and_dropout_stay_with_torch(
         return scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, enable_gqa=enable_gqa)
 
     monkeypatch.setattr(attention, "scaled_dot_product_attention", noted)
-    attend(draw(10, dtype=dtype), in_a_row([4, 6]), dropout=dropout)
-    assert called == [(dtype, dropout)] * 2
+    attend(draw(samples[-1][2], dtype=dtype), samples, dropout=dropout)
+    assert called == ([] if blocks else [(dtype, dropout)] * 2)
 
 
-def test_weights_are_kept_for_the_backward_pass_only() -> None:
+def test_weights_are_kept_for_the_backward_pass_only(monkeypatch: pytest.MonkeyPatch) -> None:
     saved = list[torch.Size]()
 
     def note(tensor: Tensor) -> Tensor:
         saved.append(tensor.shape)
         return tensor
 
+    monkeypatch.setattr(blocked_attention, "WORTHWHILE", 0)
     states, samples = draw(100), in_a_row([40, 60])
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         with torch.no_grad():
