@@ -63,7 +63,7 @@ class Comparison:
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self.options, self.folder = options, folder
-        self.command = " ".join(["python benchmarks/training.py", *sys.argv[1:]])
+        self.command = _command(sys.argv[1:])
         self.machine = machine()
         self.cells = [Cell(*names) for names in product(options.sizes, options.stages, options.ranks)]
         self.results: list[Result] = []
@@ -140,6 +140,7 @@ class Comparison:
         if cell not in self._of:
             self._of[cell] = Result(facts=facts)
             self.results.append(self._of[cell])
+            self.results.sort(key=_order)
         result, runs = self._of[cell], dict[str, Run]()
         if result.facts != facts:
             raise SystemExit(f"--add: {result.name} was measured with other steps ({result.facts}, now {facts})")
@@ -215,6 +216,18 @@ def _options() -> argparse.Namespace:
         others = ",".join(name for name in (OURS, *PEERS) if name != "trl")
         parser.error(f"TRL is not installed: pip install 'mmit[bench]', or leave it out with --systems {others}")
     return options
+
+
+def _order(result: Result) -> tuple[int, int, int]:
+    """Where a cell stands in the tables."""
+    return list(SIZES).index(result.facts["size"]), result.facts["stage"], result.facts["ranks"]
+
+
+def _command(arguments: Sequence[str]) -> str:
+    """The call as it is told: places on this machine say nothing about what was measured."""
+    places = {at for at, word in enumerate(arguments) if word in {"--folder", "--out"}}
+    told = [word for at, word in enumerate(arguments) if not {at, at - 1} & places]
+    return " ".join(["python benchmarks/training.py", *told])
 
 
 def _counts(text: str) -> list[int]:
