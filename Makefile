@@ -23,7 +23,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ty check mmit tests benchmarks
 
-# about 15 minutes; make bench BENCH='--minutes 56 --steps 2 --write-docs' for the tables of docs/performance.md
+# about 15 minutes; make bench BENCH='--rounds 2 --steps 6,2 --write-docs' for all cells
 bench: $(BENCH_STAMP)
 	$(BIN)/python benchmarks/training.py $(BENCH)
 
