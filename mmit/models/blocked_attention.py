@@ -20,7 +20,7 @@ BLOCK = 64
 """Queries of a block, more or less: the blocks of a sample are of equal size."""
 
 KEPT = 8
-"""Tokens per width of a head up to which a sample keeps its weights: then they take no more than its queries, keys,
+"""Tokens per width of a head up to which a sample keeps its weights: then they take about as much as its queries, keys,
 values and outputs; a longer one computes them again in the backward pass."""
 
 
